@@ -1,12 +1,196 @@
-//! TC egress.
+//! The TC egress program: finds VXLAN packets with a broken outer UDP checksum, counts, reports
+//! and may fix them.
+//!
+//! It never decides about a packet's way: every path returns `TC_ACT_UNSPEC`, so that the programs
+//! after it run.
 #![no_std]
 #![no_main]
-#![allow(missing_docs)]
-use aya_ebpf::{macros::classifier, programs::TcContext};
+#![feature(asm_experimental_arch)]
+
+mod broken;
+mod maps;
+mod opaque;
+mod skb;
+
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use vxcsum_common::layout::{Counters, Port};
+use vxcsum_common::outer::{self, Beyond, Location, Outer};
+use vxcsum_common::verdict::{self, Answer, AnswerKind, Watch as _};
+use vxcsum_common::{Packet as _, Policy, Verdict};
+
+use crate::maps::{COUNTERS, Known};
+use crate::opaque::opaque;
+use crate::skb::Skb;
+
+/// Runs for every packet that leaves through the interface.
 #[classifier]
-pub fn vxcsum_egress(_ctx: TcContext) -> i32 { -1 }
+fn vxcsum_egress(ctx: TcContext) -> i32 {
+    examine(ctx.skb.skb);
+    TC_ACT_UNSPEC
+}
+
+/// Examines and counts a packet. Without its maps, which always exist, it does nothing.
+#[inline(always)]
+fn examine(ctx: *mut __sk_buff) -> Option<()> {
+    let known = Known::get()?;
+    let counters = counters()?;
+    let mut skb = Skb::new(ctx, known);
+    let mut found = outer::locate(&skb, &known);
+    if found.is_err() && skb.is_partly_linear() {
+        skb = skb.with_linear_headers(known);
+        found = located(locate(ctx), &skb, known);
+    }
+    match found {
+        Ok(None) | Err(Beyond::Outer) => counters.not_vxlan += 1,
+        Ok(Some((at, port))) => judge(skb, known, at, port, counters),
+        Err(Beyond::Vxlan) => count(&skb, Verdict::Unverified, counters),
+    }
+    Some(())
+}
+
+/// Gives a VXLAN packet its verdict.
+#[inline(always)]
+fn judge(skb: Skb, known: Known, at: Location, port: *mut Port, counters: &mut Counters) {
+    // Cannot fail: `locate` has just seen these headers.
+    let Ok(outer) = Outer::read(&skb, at) else {
+        return count(&skb, Verdict::Unverified, counters);
+    };
+    let policy = known.policy(port, outer.vni, at.is_ipv6);
+    let answer = match verdict::by_outer(&skb, &outer) {
+        Some(answer) => answer,
+        None => answer_by_inner(skb, known, at, policy),
+    };
+    match answer.verdict(policy) {
+        Some(verdict) => {
+            count(&skb, verdict, counters);
+            learn(verdict, at.is_ipv6, port);
+        }
+        None => _ = broken(skb.ctx, at.to_bits(), answer.to_bits(), policy as u32),
+    }
+}
+
+#[inline(always)]
+fn answer_by_inner(skb: Skb, known: Known, at: Location, policy: Policy) -> Answer {
+    let mut answer = inner(skb.ctx, at.to_bits(), policy as u32);
+    if answer == CUT && skb.is_partly_linear() {
+        skb.with_linear_headers(known);
+        answer = inner(skb.ctx, at.to_bits(), policy as u32);
+    }
+    if answer == CUT { Answer::of(AnswerKind::Unknown) } else { Answer::from_bits(answer) }
+}
+
+// What follows are global functions: the verifier walks each once, for any arguments, instead of
+// once more for every state in which another part of the program calls it. Arguments and results
+// are scalars for that reason.
+
+/// Result of [`locate`] and [`inner`]: a header is out of reach.
+const CUT: u64 = u64::MAX;
+/// Result of [`locate`]: a header is out of reach in a packet to a watched port.
+const CUT_VXLAN: u64 = CUT - 1;
+/// Result of [`locate`].
+const NOT_VXLAN: u64 = CUT - 2;
+
+/// [`outer::locate`] in a register.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn locate(ctx: *mut __sk_buff) -> u64 {
+    let Some(known) = Known::get() else { return NOT_VXLAN };
+    match outer::locate(&Skb::new(ctx, known), &known) {
+        Ok(None) => NOT_VXLAN,
+        Ok(Some((at, _))) => at.to_bits(),
+        Err(Beyond::Outer) => CUT,
+        Err(Beyond::Vxlan) => CUT_VXLAN,
+    }
+}
+
+/// Unpacks what [`locate`] returned.
+#[inline(always)]
+fn located(
+    bits: u64,
+    skb: &Skb,
+    known: Known,
+) -> Result<Option<(Location, *mut Port)>, Beyond> {
+    match bits {
+        CUT => Err(Beyond::Outer),
+        CUT_VXLAN => Err(Beyond::Vxlan),
+        NOT_VXLAN => Ok(None),
+        bits => {
+            let at = Location::from_bits(bits);
+            let udp = skb.header::<4>(at.udp).map_err(Beyond::vxlan)?;
+            Ok(known.port(udp.be16::<2>()).map(|port| (at, port)))
+        }
+    }
+}
+
+/// [`verdict::by_inner`] in a register.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn inner(ctx: *mut __sk_buff, at: u64, policy: u32) -> u64 {
+    let Some(known) = Known::get() else { return CUT };
+    let skb = Skb::new(ctx, known);
+    let answer = Outer::read(&skb, Location::from_bits(at))
+        .and_then(|outer| verdict::by_inner(&skb, &outer, Policy::from_u8(policy as u8)));
+    answer.map_or(CUT, Answer::to_bits)
+}
+
+/// Explains, counts, reports and fixes a broken packet.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn broken(ctx: *mut __sk_buff, at: u64, answer: u64, policy: u32) -> u64 {
+    let (Some(known), Some(counters)) = (Known::get(), counters()) else { return 0 };
+    let skb = Skb::new(ctx, known);
+    let Ok(outer) = Outer::read(&skb, Location::from_bits(at)) else { return 0 };
+    let policy = Policy::from_u8(policy as u8);
+    let finding = verdict::explain(&skb, &known, &outer, policy, Answer::from_bits(answer));
+    count(&skb, finding.verdict, counters);
+    if finding.verdict.is_broken() {
+        broken::handle(&skb, &finding, known.config(), counters);
+    }
+    0
+}
+
+#[inline(always)]
+fn counters() -> Option<&'static mut Counters> {
+    // SAFETY: nothing else on this CPU runs this program meanwhile, and user space only reads.
+    // The references that are made of it are used one after the other.
+    COUNTERS.get_ptr_mut(0).map(|counters| unsafe { &mut *counters })
+}
+
+#[inline(always)]
+fn count(skb: &Skb, verdict: Verdict, counters: &mut Counters) {
+    // There are eight, a power of two: the mask is for the verifier only.
+    let tally = &mut counters.verdicts[opaque(verdict as usize) & (Verdict::ALL.len() - 1)];
+    tally.skbs += 1;
+    tally.packets += u64::from(skb.segments());
+    tally.bytes += u64::from(skb.wire_len());
+}
+
+/// Remembers what a sender of unknown policy sends.
+#[inline(always)]
+fn learn(verdict: Verdict, is_ipv6: bool, port: *mut Port) {
+    // SAFETY: it points into the map value of `CONFIG`, which lives as long as the program. CPUs
+    // race for it: each sets bits that are never taken back, so the next packet mends what is lost.
+    let port = unsafe { &mut *port };
+    let (policy, seen) = if is_ipv6 {
+        (port.policy_ipv6, &mut port.seen_ipv6)
+    } else {
+        (port.policy_ipv4, &mut port.seen_ipv4)
+    };
+    let lesson = Port::lesson(verdict);
+    if policy == Policy::Unknown as u8 && *seen & lesson != lesson {
+        *seen |= lesson;
+    }
+}
+
 #[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! { loop {} }
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // The verifier refuses endless loops: a program that could get here does not load.
+    loop {}
+}
+
+/// Helpers that read kernel memory are for GPL-compatible programs only.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

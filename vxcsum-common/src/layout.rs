@@ -1,0 +1,325 @@
+//! What crosses the boundary between the BPF program and user space, byte for byte.
+//!
+//! Integers are in host byte order. Codes are plain bytes and decoded on arrival: a Rust enum or
+//! `Option` would be undefined behaviour for a value that the other side does not know.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::verdict::Verdict;
+use crate::Policy;
+
+/// How many UDP ports one interface can be watched for.
+pub const MAX_PORTS: usize = 16;
+
+/// The [`DeviceKey::vni`] of a port's sender whatever the VNI; real ones have 24 bits.
+pub const ANY_VNI: u32 = u32::MAX;
+
+/// The bit of `skb->mark` by which kube-proxy asks for masquerading, left on the tunnel packet.
+pub const MASQUERADE_MARK: u32 = 0x4000;
+
+/// Bytes of a packet that an [`Event`] carries: all headers of any packet that is not made to be
+/// extreme.
+pub const SNAPSHOT_LEN: usize = 256;
+
+/// What the program of one interface works by. User space may replace it at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Config {
+    /// The watched ports, then zeroed ones.
+    pub ports: [Port; MAX_PORTS],
+    /// A [`FixMode`].
+    pub fix: u8,
+    /// Also rewrite what is [`Verdict::Bad`].
+    pub fix_unproven: u8,
+    /// The interface has no link header.
+    pub is_raw_ip: u8,
+    /// Zero.
+    pub reserved: [u8; 5],
+}
+
+/// A watched port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Port {
+    /// UDP destination port; 0 ends the list.
+    pub port: u16,
+    /// A [`Policy`] for IPv4, where it is the same for all VNIs of the port.
+    pub policy_ipv4: u8,
+    /// A [`Policy`] for IPv6, likewise.
+    pub policy_ipv6: u8,
+    /// The devices of the port differ: the policy is that of the VNI's [`crate::Device`].
+    pub by_vni: u8,
+    /// What [`Policy::Unknown`] has been seen to send over IPv4: [`SEEN_ZERO`], [`SEEN_SUM`].
+    /// Written by the program.
+    pub seen_ipv4: u8,
+    /// The same over IPv6.
+    pub seen_ipv6: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// A packet without a checksum was seen.
+pub const SEEN_ZERO: u8 = 1;
+/// A packet with a right or pending checksum was seen.
+pub const SEEN_SUM: u8 = 2;
+
+impl Port {
+    /// The policy for the family of the outer header, learned from traffic where it is not known
+    /// and all traffic agreed.
+    #[inline(always)]
+    pub const fn policy(&self, is_ipv6: bool) -> Policy {
+        let (known, seen) = if is_ipv6 {
+            (self.policy_ipv6, self.seen_ipv6)
+        } else {
+            (self.policy_ipv4, self.seen_ipv4)
+        };
+        match (Policy::from_u8(known), seen) {
+            (Policy::Unknown, SEEN_ZERO) => Policy::Zero,
+            (Policy::Unknown, SEEN_SUM) => Policy::Sum,
+            (known, _) => known,
+        }
+    }
+
+    /// What a verdict teaches of a sender whose policy is not known.
+    #[inline(always)]
+    pub const fn lesson(verdict: Verdict) -> u8 {
+        match verdict {
+            Verdict::Zero | Verdict::Missing => SEEN_ZERO,
+            Verdict::OffloadPending | Verdict::Valid => SEEN_SUM,
+            _ => 0,
+        }
+    }
+}
+
+/// Whose [`crate::Device`] it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct DeviceKey {
+    /// VXLAN network identifier, or [`ANY_VNI`].
+    pub vni: u32,
+    /// UDP destination port.
+    pub port: u32,
+}
+
+/// Where `struct sk_buff` of the running kernel holds its offload state, in bytes from its start;
+/// from BTF, because it moves from version to version.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct SkbLayout {
+    /// The byte with the `ip_summed` bit field.
+    pub ip_summed: u16,
+    /// Lowest bit of `ip_summed` in that byte.
+    pub ip_summed_shift: u16,
+    /// `csum_start`, two bytes.
+    pub csum_start: u16,
+    /// `csum_offset`, two bytes.
+    pub csum_offset: u16,
+    /// `head`, a pointer.
+    pub head: u16,
+    /// `data`, a pointer.
+    pub data: u16,
+    /// Whether the rest is filled in.
+    pub is_known: u16,
+}
+
+/// What may be written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FixMode {
+    /// Nothing.
+    #[default]
+    Off = 0,
+    /// Zero, on IPv4.
+    Zero = 1,
+    /// What the device should have sent.
+    Restore = 2,
+}
+
+impl FixMode {
+    /// From the byte that crosses the boundary.
+    #[inline(always)]
+    pub const fn from_u8(code: u8) -> Self {
+        match code {
+            1 => Self::Zero,
+            2 => Self::Restore,
+            _ => Self::Off,
+        }
+    }
+
+    /// The word that the command line and JSON use.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Zero => "zero",
+            Self::Restore => "restore",
+        }
+    }
+}
+
+/// What was done to a broken packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Action {
+    /// The fix mode is off.
+    None = 0,
+    /// The field was set to zero.
+    Zeroed = 1,
+    /// The field was set to the right sum.
+    Restored = 2,
+    /// Nothing proves what broke it: rewriting it might launder a packet corrupted elsewhere.
+    RefusedUnproven = 3,
+    /// IPv6 receivers drop a zero checksum by default (RFC 6935).
+    RefusedIpv6 = 4,
+    /// The right sum is not known: the packet is still to be cut into segments.
+    RefusedUnknownSum = 5,
+    /// The kernel did not let the field be written.
+    RefusedWriteFailed = 6,
+}
+
+impl Action {
+    /// Every action, in the order of its code.
+    pub const ALL: [Self; 7] = [
+        Self::None,
+        Self::Zeroed,
+        Self::Restored,
+        Self::RefusedUnproven,
+        Self::RefusedIpv6,
+        Self::RefusedUnknownSum,
+        Self::RefusedWriteFailed,
+    ];
+
+    /// From the byte that crosses the boundary.
+    pub fn from_u8(code: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(code)).copied()
+    }
+
+    /// The word in JSON and messages.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Zeroed => "zeroed",
+            Self::Restored => "restored",
+            Self::RefusedUnproven => "refused:unproven",
+            Self::RefusedIpv6 => "refused:ipv6",
+            Self::RefusedUnknownSum => "refused:unknown_sum",
+            Self::RefusedWriteFailed => "refused:write_failed",
+        }
+    }
+}
+
+/// Packets that got one verdict.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Tally {
+    /// Packets as the stack hands them down, GSO packets not yet cut.
+    pub skbs: u64,
+    /// Packets on the wire.
+    pub packets: u64,
+    /// Bytes on the wire, link headers included.
+    pub bytes: u64,
+}
+
+/// The counters of one interface on one CPU.
+///
+/// The number of skbs seen is not kept: it is `not_vxlan` plus the skbs of every verdict.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Counters {
+    /// Skbs that are not VXLAN to a watched port.
+    pub not_vxlan: u64,
+    /// By the code of the verdict.
+    pub verdicts: [Tally; Verdict::ALL.len()],
+    /// Packets on the wire whose checksum was set to zero.
+    pub zeroed: u64,
+    /// Packets on the wire whose checksum was set to the right sum.
+    pub restored: u64,
+    /// Events that were sent, one for each broken skb.
+    pub emitted: u64,
+    /// Events held back by a rate limit.
+    pub suppressed: u64,
+    /// Events that found no room.
+    pub lost: u64,
+}
+
+/// A broken packet.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct Event {
+    /// `CLOCK_BOOTTIME` in nanoseconds.
+    pub boot_ns: u64,
+    /// Length of the skb in bytes, link header included.
+    pub len: u32,
+    /// Packets on the wire (`gso_segs`).
+    pub segments: u32,
+    /// `skb->mark`.
+    pub mark: u32,
+    /// [`crate::Finding::check`].
+    pub check: u16,
+    /// [`crate::Finding::expected`].
+    pub expected: u16,
+    /// [`crate::Finding::source_port_before_nat`].
+    pub source_port_before_nat: u16,
+    /// Bytes of `snapshot` that hold the packet.
+    pub snapshot_len: u16,
+    /// A [`Verdict`].
+    pub verdict: u8,
+    /// An [`Action`].
+    pub action: u8,
+    /// A [`crate::Proof`].
+    pub proof: u8,
+    /// The [`Policy`] that was assumed.
+    pub policy: u8,
+    /// `skb->ip_summed`, or [`Event::IP_SUMMED_UNKNOWN`].
+    pub ip_summed: u8,
+    /// Zero.
+    pub reserved: [u8; 7],
+    /// The start of the packet, from before it was fixed.
+    pub snapshot: [u8; SNAPSHOT_LEN],
+}
+
+impl Event {
+    /// [`Event::ip_summed`] where it cannot be read.
+    pub const IP_SUMMED_UNKNOWN: u8 = u8::MAX;
+}
+
+impl Tally {
+    /// Both together.
+    #[must_use]
+    pub const fn plus(&self, other: &Self) -> Self {
+        Self {
+            skbs: self.skbs + other.skbs,
+            packets: self.packets + other.packets,
+            bytes: self.bytes + other.bytes,
+        }
+    }
+}
+
+impl Counters {
+    /// Both together.
+    #[must_use]
+    pub fn plus(&self, other: &Self) -> Self {
+        let mut sum = Self {
+            not_vxlan: self.not_vxlan + other.not_vxlan,
+            verdicts: self.verdicts,
+            zeroed: self.zeroed + other.zeroed,
+            restored: self.restored + other.restored,
+            emitted: self.emitted + other.emitted,
+            suppressed: self.suppressed + other.suppressed,
+            lost: self.lost + other.lost,
+        };
+        for (tally, other) in sum.verdicts.iter_mut().zip(&other.verdicts) {
+            *tally = tally.plus(other);
+        }
+        sum
+    }
+
+    /// The tally of one verdict.
+    pub const fn of(&self, verdict: Verdict) -> Tally {
+        self.verdicts[verdict as usize]
+    }
+
+    /// Every skb seen.
+    pub fn skbs(&self) -> u64 {
+        self.not_vxlan + self.verdicts.iter().map(|tally| tally.skbs).sum::<u64>()
+    }
+}

@@ -1,0 +1,103 @@
+//! What happens to a broken packet: fixed where that is asked for, and reported.
+
+use aya_ebpf::helpers::{
+    bpf_ktime_get_boot_ns, bpf_skb_load_bytes, bpf_skb_store_bytes,
+};
+use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::debug;
+use vxcsum_common::Packet as _;
+use vxcsum_common::fix::{Remedy, remedy};
+use vxcsum_common::layout::{Action, Config, Counters, Event, FixMode, SNAPSHOT_LEN};
+use vxcsum_common::verdict::Finding;
+
+use crate::maps::EVENTS;
+use crate::opaque::between_1_and;
+use crate::skb::Skb;
+
+/// Offset of the checksum field in a UDP header, in bytes (RFC 768).
+const CHECK_OFFSET: usize = 6;
+
+/// Reports a broken packet as it was, then fixes it.
+#[inline(always)]
+pub(crate) fn handle(
+    skb: &Skb,
+    finding: &Finding,
+    config: &Config,
+    counters: &mut Counters,
+) {
+    debug!(
+        TcContext::new(skb.ctx),
+        "verdict {} check {:x} expected {:x}",
+        finding.verdict as u8,
+        finding.check,
+        finding.expected
+    );
+    let event = EVENTS.reserve::<Event>(0);
+    let remedy = remedy(FixMode::from_u8(config.fix), config.fix_unproven != 0, finding);
+    let Some(mut event) = event else {
+        counters.lost += 1;
+        apply(skb, finding, remedy, counters);
+        return;
+    };
+    let out = event.as_mut_ptr();
+    // SAFETY: `out` is valid for a whole `Event`, and each field is written before it is sent.
+    unsafe {
+        (*out).boot_ns = bpf_ktime_get_boot_ns();
+        (*out).len = skb.len() as u32;
+        (*out).segments = skb.segments();
+        (*out).mark = skb.mark();
+        (*out).check = finding.check;
+        (*out).expected = finding.expected;
+        (*out).source_port_before_nat = finding.source_port_before_nat;
+        (*out).snapshot_len = snapshot(skb, &raw mut (*out).snapshot);
+        (*out).verdict = finding.verdict as u8;
+        (*out).proof = finding.proof as u8;
+        (*out).policy = finding.policy as u8;
+        (*out).ip_summed = skb.ip_summed();
+        (*out).reserved = [0; 7];
+        (*out).action = apply(skb, finding, remedy, counters) as u8;
+    }
+    event.submit(0);
+    counters.emitted += 1;
+}
+
+/// Copies the start of the packet. Returns how many bytes.
+#[inline(always)]
+fn snapshot(skb: &Skb, out: *mut [u8; SNAPSHOT_LEN]) -> u16 {
+    // A packet that was found broken is longer than its headers.
+    let len = between_1_and::<SNAPSHOT_LEN>(skb.len().min(SNAPSHOT_LEN));
+    // SAFETY: `out` has room for SNAPSHOT_LEN bytes, and `len` is at most that.
+    match unsafe { bpf_skb_load_bytes(skb.ctx.cast(), 0, out.cast(), len as u32) } {
+        0 => len as u16,
+        _ => 0,
+    }
+}
+
+/// Writes what the remedy says: two bytes and no others. Returns what came of it.
+#[inline(always)]
+fn apply(skb: &Skb, finding: &Finding, remedy: Remedy, counters: &mut Counters) -> Action {
+    if !remedy.writes() {
+        return remedy.action;
+    }
+    let check = remedy.check.to_be_bytes();
+    // No flags: `skb->csum` belongs to received packets.
+    // SAFETY: reads two bytes of a live local.
+    let outcome = unsafe {
+        bpf_skb_store_bytes(
+            skb.ctx.cast(),
+            (finding.udp + CHECK_OFFSET) as u32,
+            check.as_ptr().cast(),
+            2,
+            0,
+        )
+    };
+    if outcome != 0 {
+        return Action::RefusedWriteFailed;
+    }
+    let packets = u64::from(skb.segments());
+    match remedy.action {
+        Action::Zeroed => counters.zeroed += packets,
+        _ => counters.restored += packets,
+    }
+    remedy.action
+}

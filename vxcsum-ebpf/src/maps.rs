@@ -1,0 +1,90 @@
+//! The maps, and what they tell the verdict.
+
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
+use vxcsum_common::layout::{ANY_VNI, Config, Counters, DeviceKey, Port};
+use vxcsum_common::verdict::Watch;
+use vxcsum_common::{Device, Policy};
+
+/// What the program works by; one value.
+#[map]
+pub(crate) static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+/// What it has counted; one value a CPU.
+#[map]
+pub(crate) static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
+
+/// The VXLAN devices that send through the interface.
+#[map]
+static DEVICES: HashMap<DeviceKey, Device> = HashMap::with_max_entries(4096, 0);
+
+/// Broken packets, for user space; the loader sets its size.
+#[map]
+pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// What user space has made known.
+#[derive(Clone, Copy)]
+pub(crate) struct Known(*mut Config);
+
+impl Known {
+    #[inline(always)]
+    pub(crate) fn get() -> Option<Self> {
+        CONFIG.get_ptr_mut(0).map(Self)
+    }
+
+    #[inline(always)]
+    pub(crate) fn config(&self) -> &Config {
+        // SAFETY: a map value lives as long as the program. User space replaces it as a whole; a
+        // field that changes between two reads makes one packet be judged by the old and the new
+        // value.
+        unsafe { &*self.0 }
+    }
+}
+
+impl Watch for Known {
+    type Port = *mut Port;
+
+    #[inline(always)]
+    fn port(&self, port: u16) -> Option<*mut Port> {
+        if port == 0 {
+            // It ends the list, and nothing listens on it.
+            return None;
+        }
+        for watched in &self.config().ports {
+            if watched.port == port {
+                return Some(core::ptr::from_ref(watched).cast_mut());
+            }
+            if watched.port == 0 {
+                return None;
+            }
+        }
+        None
+    }
+
+    #[inline(always)]
+    fn policy(&self, port: *mut Port, vni: u32, is_ipv6: bool) -> Policy {
+        // SAFETY: as in `learn`.
+        let port = unsafe { &*port };
+        if port.by_vni == 0 {
+            return port.policy(is_ipv6);
+        }
+        self.device(port.port, vni).policy(is_ipv6)
+    }
+
+    #[inline(always)]
+    fn device(&self, port: u16, vni: u32) -> Device {
+        let port = u32::from(port);
+        // One after the other: LLVM would fold the two pointers into one test, which the verifier
+        // does not follow.
+        if let Some(own) = DEVICES.get_ptr(DeviceKey { vni, port }) {
+            // SAFETY: a value that user space deletes is not reused before the program is done
+            // (RCU); it is replaced as a whole, and read once.
+            return unsafe { *own };
+        }
+        match DEVICES.get_ptr(DeviceKey { vni: ANY_VNI, port }) {
+            // SAFETY: as above.
+            Some(any) => unsafe { *any },
+            None => Device::UNKNOWN,
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! The skb as a [`Packet`].
+
+use core::ptr::{self, addr_of};
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::{
+    bpf_csum_diff, bpf_probe_read_kernel, bpf_skb_load_bytes, bpf_skb_pull_data,
+};
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::PerCpuArray;
+use vxcsum_common::layout::{Event, MASQUERADE_MARK, SNAPSHOT_LEN, SkbLayout};
+use vxcsum_common::outer::Extensions;
+use vxcsum_common::packet::Header;
+use vxcsum_common::{Cut, Offload, Packet, Sum};
+
+use crate::maps::Known;
+use crate::opaque::{between_1_and, opaque};
+
+/// Where the running kernel keeps the offload state. The loader fills it in before the program is
+/// loaded; while it is not known, the verifier finds the reads unreachable and leaves them out,
+/// so that a kernel without `bpf_probe_read_kernel` (before 5.8, or locked down) loads the rest.
+#[unsafe(no_mangle)]
+static SKB_LAYOUT: SkbLayout = SkbLayout {
+    ip_summed: 0,
+    ip_summed_shift: 0,
+    csum_start: 0,
+    csum_offset: 0,
+    head: 0,
+    data: 0,
+    is_known: 0,
+};
+
+/// A constant that only the loader knows.
+macro_rules! skb_layout {
+    ($field:ident) => {
+        // SAFETY: the address of a live, aligned static. Volatile, because its value in the object
+        // is not the one that it is loaded with.
+        usize::from(unsafe { ptr::read_volatile(addr_of!(SKB_LAYOUT.$field)) })
+    };
+}
+
+/// Reach of an offset, in bytes: tells the verifier that it cannot run away. GSO packets are
+/// longer, their headers are not.
+const OFFSET_MASK: usize = 0x3fff;
+
+/// Bytes that are summed at a time; the most that `bpf_csum_diff` takes on older kernels
+/// (`struct bpf_scratchpad` in net/core/filter.c).
+const CHUNK_LEN: usize = 512;
+/// Chunks that may be summed: a jumbo frame of 9000 bytes and its headers.
+const MAX_CHUNKS: usize = 18;
+/// Returned instead of a sum, which has 32 bits.
+const NO_SUM: u64 = u64::MAX;
+
+/// Where bytes are copied to be summed, with room for padding to a multiple of four.
+#[map]
+static CHUNK: PerCpuArray<[u8; CHUNK_LEN + 4]> = PerCpuArray::with_max_entries(1, 0);
+
+/// A packet on its way out.
+#[derive(Clone, Copy)]
+pub(crate) struct Skb {
+    pub(crate) ctx: *mut __sk_buff,
+    data: usize,
+    data_end: usize,
+    is_raw_ip: bool,
+}
+
+impl Skb {
+    /// Takes the packet as its linear part lies now: whatever changes the skb makes it stale.
+    #[inline(always)]
+    pub(crate) fn new(ctx: *mut __sk_buff, known: Known) -> Self {
+        // SAFETY: the kernel hands it to the program for the time that it runs.
+        let (data, data_end) = unsafe { ((*ctx).data as usize, (*ctx).data_end as usize) };
+        Self { ctx, data, data_end, is_raw_ip: known.config().is_raw_ip != 0 }
+    }
+
+    #[inline(always)]
+    fn raw(&self) -> &__sk_buff {
+        // SAFETY: as above.
+        unsafe { &*self.ctx }
+    }
+
+    /// Whether a part of the packet lies outside of what can be read directly.
+    #[inline(always)]
+    pub(crate) fn is_partly_linear(&self) -> bool {
+        self.data_end.wrapping_sub(self.data) < self.len()
+    }
+
+    /// The same packet with all its headers moved into the linear part.
+    #[inline(always)]
+    pub(crate) fn with_linear_headers(self, known: Known) -> Self {
+        // Fails without memory; the packet then stays as it is and counts as cut short.
+        // SAFETY: no reference into the packet is held: the caller goes on with the result.
+        let _ = unsafe { bpf_skb_pull_data(self.ctx, self.raw().len.min(SNAPSHOT_LEN as u32)) };
+        Self::new(self.ctx, known)
+    }
+
+    /// How many packets the skb is on the wire.
+    #[inline(always)]
+    pub(crate) fn segments(&self) -> u32 {
+        self.raw().gso_segs.max(1)
+    }
+
+    /// Bytes on the wire, with the headers of every segment (`qdisc_pkt_len_init` in
+    /// net/core/dev.c).
+    #[inline(always)]
+    pub(crate) fn wire_len(&self) -> u32 {
+        self.raw().wire_len
+    }
+
+    /// `skb->mark`.
+    #[inline(always)]
+    pub(crate) fn mark(&self) -> u32 {
+        self.raw().mark
+    }
+
+    /// `skb->ip_summed`.
+    #[inline(always)]
+    pub(crate) fn ip_summed(&self) -> u8 {
+        if skb_layout!(is_known) == 0 {
+            return Event::IP_SUMMED_UNKNOWN;
+        }
+        read_ip_summed(self.ctx).unwrap_or(Event::IP_SUMMED_UNKNOWN)
+    }
+}
+
+impl Packet for Skb {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.raw().len as usize
+    }
+
+    #[inline(always)]
+    fn header<const N: usize>(&self, offset: usize) -> Result<Header<'_, N>, Cut> {
+        let start = self.data + (offset & OFFSET_MASK);
+        if start + N > self.data_end {
+            return Err(Cut);
+        }
+        // SAFETY: within the linear part of the packet, as just compared; the verifier checks it.
+        Ok(Header::new(unsafe { &*(start as *const [u8; N]) }))
+    }
+
+    #[inline(always)]
+    fn sum(&self, offset: usize, len: usize) -> Option<Sum> {
+        match sum_bytes(self.ctx, offset as u32, len as u32) {
+            NO_SUM => None,
+            sum => Some(Sum::of_memory_u32(sum as u32)),
+        }
+    }
+
+    #[inline(always)]
+    fn is_raw_ip(&self) -> bool {
+        self.is_raw_ip
+    }
+
+    #[inline(always)]
+    fn forget(&self, offset: usize) -> usize {
+        opaque(offset) & OFFSET_MASK
+    }
+
+    #[inline(always)]
+    fn extension_headers(&self, protocol: u8, offset: usize) -> Result<Extensions, Cut> {
+        match extension_headers(self.ctx, u32::from(protocol), offset as u32) {
+            CUT => Err(Cut),
+            bits => Ok(Extensions::from_bits(bits)),
+        }
+    }
+
+    #[inline(always)]
+    fn is_gso(&self) -> bool {
+        self.raw().gso_segs > 1
+    }
+
+    #[inline(always)]
+    fn offload(&self) -> Offload {
+        /// `CHECKSUM_PARTIAL` (include/linux/skbuff.h).
+        const PARTIAL: u8 = 3;
+        match self.ip_summed() {
+            Event::IP_SUMMED_UNKNOWN => Offload::Unknown,
+            PARTIAL => match open_sum(self.ctx) {
+                NO_SUM => Offload::Unknown,
+                place => Offload::Partial {
+                    start: (place >> 16) as usize & OFFSET_MASK,
+                    field: place as usize & OFFSET_MASK,
+                },
+            },
+            _ => Offload::Complete,
+        }
+    }
+
+    #[inline(always)]
+    fn flow_hash(&self) -> u32 {
+        self.raw().hash
+    }
+
+    #[inline(always)]
+    fn arithmetic_proves_nat(&self) -> bool {
+        self.mark() & MASQUERADE_MARK != 0
+    }
+}
+
+/// Reads a field of `struct sk_buff`; the context pointer of a TC program is its address.
+#[inline(always)]
+fn read_field<T>(skb: *const __sk_buff, offset: usize) -> Option<T> {
+    // SAFETY: the helper reads any address without faulting; `T` is an integer.
+    unsafe { bpf_probe_read_kernel(skb.cast::<u8>().wrapping_add(offset).cast::<T>()) }.ok()
+}
+
+#[inline(always)]
+fn read_ip_summed(skb: *const __sk_buff) -> Option<u8> {
+    let byte = read_field::<u8>(skb, skb_layout!(ip_summed))?;
+    Some((byte >> (skb_layout!(ip_summed_shift) & 7)) & 3)
+}
+
+/// Result of [`extension_headers`]: a header is out of reach.
+const CUT: u64 = u64::MAX;
+
+/// [`Extensions::read`] in a register. A global function: the verifier walks it once, for any
+/// arguments, not again from every place that calls it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn extension_headers(ctx: *mut __sk_buff, protocol: u32, offset: u32) -> u64 {
+    let Some(known) = Known::get() else { return CUT };
+    let skb = Skb::new(ctx, known);
+    Extensions::read(&skb, protocol as u8, offset as usize).map_or(CUT, Extensions::to_bits)
+}
+
+/// Where the sum starts that the NIC is to make (upper 16 bits), and where it goes (lower 16
+/// bits): offsets from the start of the packet. [`NO_SUM`] where it cannot be read.
+///
+/// Global, as [`extension_headers`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn open_sum(skb: *mut __sk_buff) -> u64 {
+    let place = || {
+        let head = read_field::<u64>(skb, skb_layout!(head))?;
+        let data = read_field::<u64>(skb, skb_layout!(data))?;
+        // Counted from `head`, which lies before the packet (skb_checksum_start_offset).
+        let csum_start = u64::from(read_field::<u16>(skb, skb_layout!(csum_start))?);
+        let csum_offset = u64::from(read_field::<u16>(skb, skb_layout!(csum_offset))?);
+        let start = csum_start.wrapping_sub(data.wrapping_sub(head)) & 0xffff;
+        Some(start << 16 | ((start + csum_offset) & 0xffff))
+    };
+    place().unwrap_or(NO_SUM)
+}
+
+/// Sums `len` bytes at `offset`, wherever they lie. [`NO_SUM`] where they are too many or end
+/// beyond the packet.
+///
+/// Global, as [`extension_headers`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn sum_bytes(skb: *mut __sk_buff, offset: u32, len: u32) -> u64 {
+    let Some(chunk) = CHUNK.get_ptr_mut(0) else {
+        return NO_SUM;
+    };
+    let chunk = chunk.cast::<u8>();
+    let chunks = len as usize / CHUNK_LEN;
+    if chunks > MAX_CHUNKS {
+        return NO_SUM;
+    }
+    let mut sum = 0;
+    for index in 0..MAX_CHUNKS {
+        if index == chunks {
+            break;
+        }
+        let at = offset + (index * CHUNK_LEN) as u32;
+        // SAFETY: a map value of this CPU, which nothing else uses while the program runs; it is
+        // longer than CHUNK_LEN.
+        if unsafe { bpf_skb_load_bytes(skb.cast(), at, chunk.cast(), CHUNK_LEN as u32) } != 0 {
+            return NO_SUM;
+        }
+        // SAFETY: as above.
+        sum = unsafe { add_chunk(chunk, CHUNK_LEN, sum) };
+    }
+    let rest = len as usize % CHUNK_LEN;
+    if rest == 0 {
+        return sum;
+    }
+    let at = offset + (chunks * CHUNK_LEN) as u32;
+    let rest = between_1_and::<CHUNK_LEN>(rest);
+    // SAFETY: `rest` is at most the length of the buffer.
+    if unsafe { bpf_skb_load_bytes(skb.cast(), at, chunk.cast(), rest as u32) } != 0 {
+        return NO_SUM;
+    }
+    for pad in 0..3 {
+        // SAFETY: at most CHUNK_LEN + 2, within the room for padding.
+        unsafe { *chunk.add(rest + pad) = 0 };
+    }
+    // SAFETY: at most CHUNK_LEN + 3 rounded down, within the buffer.
+    unsafe { add_chunk(chunk, (rest + 3) & !3, sum) }
+}
+
+/// Adds `len` bytes, a multiple of four, to `sum`.
+///
+/// # Safety
+///
+/// `len` bytes at `chunk` can be read.
+#[inline(always)]
+unsafe fn add_chunk(chunk: *mut u8, len: usize, sum: u64) -> u64 {
+    // SAFETY: promised by the caller. Fails only for a length that is no multiple of four.
+    let outcome =
+        unsafe { bpf_csum_diff(ptr::null_mut(), 0, chunk.cast(), len as u32, sum as u32) };
+    outcome as u64 & 0xffff_ffff
+}

@@ -1,0 +1,180 @@
+//! The BPF program of one interface: loading, its maps, and what it has counted.
+
+use std::io;
+
+use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf};
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use thiserror::Error;
+use vxcsum_common::Device;
+use vxcsum_common::layout::{Config, Counters, DeviceKey, SkbLayout};
+
+/// The object that the build script compiled.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxcsum-ebpf"));
+
+/// Name of the program, also of its TC filter.
+pub const PROGRAM_NAME: &str = "vxcsum_egress";
+
+/// What can go wrong between the object and a program in the kernel.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// Without the privilege.
+    #[error(
+        "not permitted to load BPF: run as root or grant CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
+    )]
+    NotPermitted,
+    /// Without the system call.
+    #[error(
+        "this kernel has no BPF (the bpf system call is not there): vxcsum needs Linux 5.8 or \
+         newer built with CONFIG_BPF_SYSCALL"
+    )]
+    NoBpf,
+    /// The object or a map of it was refused.
+    #[error("cannot load the BPF object: {0}")]
+    Object(#[source] EbpfError),
+    /// The program was refused.
+    #[error("the kernel refused the BPF program {PROGRAM_NAME}: {0}")]
+    Program(#[source] ProgramError),
+    /// The object does not hold what this binary was built with.
+    #[error("the BPF object has no {0}: the binary was not built as a whole, build it anew")]
+    Missing(&'static str),
+    /// A map could not be used.
+    #[error("cannot use the BPF map {name}: {source}")]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// Why not.
+        source: aya::maps::MapError,
+    },
+}
+
+/// How to load.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// Where the kernel keeps the offload state, if that is known.
+    pub skb_layout: Option<SkbLayout>,
+    /// Size of the ring buffer in bytes: a power of two and a multiple of the page size.
+    pub ring_len: u32,
+    /// Whether the program writes a debug log (aya-log).
+    pub debug_log: bool,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { skb_layout: None, ring_len: 1 << 20, debug_log: false }
+    }
+}
+
+/// A layout of the common crate as aya wants it.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+struct Wire<T>(T);
+
+// SAFETY: `Wire` is transparent, and bytemuck's `Pod` asks for no less than aya's: any bytes are a
+// value, there is no padding and no pointer.
+unsafe impl<T: bytemuck::Pod> aya::Pod for Wire<T> {}
+
+/// A loaded program with maps of its own.
+pub struct Program {
+    ebpf: Ebpf,
+    config: Array<MapData, Wire<Config>>,
+    counters: PerCpuArray<MapData, Wire<Counters>>,
+    devices: HashMap<MapData, Wire<DeviceKey>, Wire<Device>>,
+}
+
+impl Program {
+    /// Loads the program into the kernel. Returns it with the ring buffer of its events.
+    pub fn load(options: &LoadOptions) -> Result<(Self, RingBuf<MapData>), LoadError> {
+        let layout = options.skb_layout.unwrap_or_default();
+        let log_level = if options.debug_log { aya_log::Level::Debug as u8 } else { 0 };
+        let mut ebpf = EbpfLoader::new()
+            .override_global("SKB_LAYOUT", bytemuck::bytes_of(&layout), true)
+            .override_global(aya_log::LEVEL, &log_level, true)
+            .map_max_entries("EVENTS", options.ring_len)
+            .load(OBJECT)
+            .map_err(LoadError::of_object)?;
+        let config = take_map(&mut ebpf, "CONFIG", Array::try_from)?;
+        let counters = take_map(&mut ebpf, "COUNTERS", PerCpuArray::try_from)?;
+        let devices = take_map(&mut ebpf, "DEVICES", HashMap::try_from)?;
+        let events = take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?;
+        let mut program = Self { ebpf, config, counters, devices };
+        program.classifier()?.load().map_err(LoadError::of_program)?;
+        Ok((program, events))
+    }
+
+    /// The TC program itself.
+    pub fn classifier(&mut self) -> Result<&mut SchedClassifier, LoadError> {
+        self.ebpf
+            .program_mut(PROGRAM_NAME)
+            .and_then(|program| program.try_into().ok())
+            .ok_or(LoadError::Missing("program vxcsum_egress"))
+    }
+
+    /// The whole object, for the debug log.
+    pub fn ebpf(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
+    /// Makes the program work by `config` from the next packet on.
+    pub fn configure(&mut self, config: &Config) -> Result<(), LoadError> {
+        self.config
+            .set(0, Wire(*config), 0)
+            .map_err(|source| LoadError::Map { name: "CONFIG", source })
+    }
+
+    /// Makes a VXLAN device known.
+    pub fn set_device(&mut self, key: DeviceKey, device: Device) -> Result<(), LoadError> {
+        self.devices
+            .insert(Wire(key), Wire(device), 0)
+            .map_err(|source| LoadError::Map { name: "DEVICES", source })
+    }
+
+    /// What it works by now, with what it has learned.
+    pub fn config(&self) -> Result<Config, LoadError> {
+        match self.config.get(&0, 0) {
+            Ok(Wire(config)) => Ok(config),
+            Err(source) => Err(LoadError::Map { name: "CONFIG", source }),
+        }
+    }
+
+    /// What it has counted on all CPUs.
+    pub fn counters(&self) -> Result<Counters, LoadError> {
+        let per_cpu = self
+            .counters
+            .get(&0, 0)
+            .map_err(|source| LoadError::Map { name: "COUNTERS", source })?;
+        Ok(per_cpu.iter().fold(Counters::default(), |sum, Wire(cpu)| sum.plus(cpu)))
+    }
+}
+
+fn take_map<T>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    convert: impl FnOnce(aya::maps::Map) -> Result<T, aya::maps::MapError>,
+) -> Result<T, LoadError> {
+    let map = ebpf.take_map(name).ok_or(LoadError::Missing(name))?;
+    convert(map).map_err(|source| LoadError::Map { name, source })
+}
+
+impl LoadError {
+    fn of_object(error: EbpfError) -> Self {
+        Self::by_cause(&error).unwrap_or(Self::Object(error))
+    }
+
+    fn of_program(error: ProgramError) -> Self {
+        Self::by_cause(&error).unwrap_or(Self::Program(error))
+    }
+
+    /// Names the two causes that have nothing to do with the object.
+    fn by_cause(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
+        let mut cause = Some(error);
+        while let Some(error) = cause {
+            match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+                Some(libc::EPERM) => return Some(Self::NotPermitted),
+                Some(libc::ENOSYS) => return Some(Self::NoBpf),
+                _ => cause = error.source(),
+            }
+        }
+        None
+    }
+}
