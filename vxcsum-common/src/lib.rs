@@ -18,5 +18,5 @@ pub mod verdict;
 
 pub use checksum::Sum;
 pub use device::{Device, Policy};
-pub use packet::{Cut, Offload, Packet};
+pub use packet::{Captured, Cut, Offload, Packet};
 pub use verdict::{Examined, Finding, Proof, Verdict, Watch, examine};

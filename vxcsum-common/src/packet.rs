@@ -162,3 +162,71 @@ impl<'a, const N: usize> Header<'a, N> {
         load!(u32, self.0, AT)
     }
 }
+
+/// A packet in a buffer: from a capture, from an event, from a test.
+#[derive(Clone, Copy, Debug)]
+pub struct Captured<'a> {
+    /// What there is of it.
+    pub bytes: &'a [u8],
+    /// Length of the whole packet in bytes.
+    pub len: usize,
+    /// See [`Packet::is_raw_ip`].
+    pub is_raw_ip: bool,
+    /// See [`Packet::is_gso`].
+    pub is_gso: bool,
+    /// See [`Packet::offload`].
+    pub offload: Offload,
+    /// See [`Packet::flow_hash`].
+    pub flow_hash: u32,
+    /// See [`Packet::arithmetic_proves_nat`].
+    pub arithmetic_proves_nat: bool,
+}
+
+impl<'a> Captured<'a> {
+    /// A whole Ethernet frame of which nothing else is known.
+    pub const fn new(bytes: &'a [u8]) -> Self {
+        Self {
+            bytes,
+            len: bytes.len(),
+            is_raw_ip: false,
+            is_gso: false,
+            offload: Offload::Unknown,
+            flow_hash: 0,
+            arithmetic_proves_nat: true,
+        }
+    }
+}
+
+impl Packet for Captured<'_> {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn header<const N: usize>(&self, offset: usize) -> Result<Header<'_, N>, Cut> {
+        self.bytes.get(offset..).and_then(<[u8]>::first_chunk).map(Header::new).ok_or(Cut)
+    }
+
+    fn sum(&self, offset: usize, len: usize) -> Option<Sum> {
+        self.bytes.get(offset..)?.get(..len).map(Sum::of_bytes)
+    }
+
+    fn is_raw_ip(&self) -> bool {
+        self.is_raw_ip
+    }
+
+    fn is_gso(&self) -> bool {
+        self.is_gso
+    }
+
+    fn offload(&self) -> Offload {
+        self.offload
+    }
+
+    fn flow_hash(&self) -> u32 {
+        self.flow_hash
+    }
+
+    fn arithmetic_proves_nat(&self) -> bool {
+        self.arithmetic_proves_nat
+    }
+}

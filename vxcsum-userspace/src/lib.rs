@@ -1,12 +1,11 @@
-//! x
+//! The parts of the `vxcsum` command, for its binary and for the workspace's tests.
+
+pub mod attach;
+pub mod cli;
+pub mod event;
+pub mod links;
+pub mod plan;
 pub mod program;
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn loads() {
-        match crate::program::Program::load(&crate::program::LoadOptions::default()) {
-            Ok(_) => {}
-            Err(e) => { let s = format!("{e}"); let n = s.len(); println!("{}", &s[n.saturating_sub(6000)..]); panic!("no") }
-        }
-    }
-}
+pub mod run;
+pub mod skb_layout;
+pub mod summary;

@@ -1,2 +1,34 @@
-//! x
-fn main() {}
+//! The `vxcsum` command.
+
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, anyhow};
+use clap::Parser as _;
+use vxcsum::cli::{Cli, Command};
+use vxcsum::run;
+
+/// Wrong usage, or it cannot run.
+const CANNOT_RUN: u8 = 2;
+
+fn main() -> ExitCode {
+    match execute(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vxcsum: {error:#}");
+            ExitCode::from(CANNOT_RUN)
+        }
+    }
+}
+
+fn execute(cli: Cli) -> Result<()> {
+    match cli.command {
+        Command::Run(args) => {
+            let options = args.options().map_err(|usage| anyhow!(usage))?;
+            tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .context("cannot start the event loop")?
+                .block_on(run::run(options))
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Attaching the program to an interface: TCX where the kernel has it, clsact otherwise.
+//!
+//! Everything that depends on aya's attachment API is here.
+
+use std::io;
+
+use aya::programs::links::LinkOrder;
+use aya::programs::tc::{self, NlOptions, SchedClassifierLinkId, TcAttachOptions, TcHandle};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TcError};
+use thiserror::Error;
+use tokio::net::unix::UCred;
+
+use crate::program::PROGRAM_NAME;
+
+/// Where our clsact filter stands. The lowest priority number runs first; among filters of one
+/// priority, `cls_bpf` runs the newest first.
+const CLSACT_PRIORITY: u16 = 1;
+/// Handle of our clsact filter, ours alone: "vx" in ASCII.
+const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 0x7678);
+
+/// How a program hangs on an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// A TCX link, gone with the process (Linux 6.6).
+    Tcx,
+    /// A filter of the clsact qdisc.
+    Clsact,
+}
+
+impl Method {
+    /// The word in JSON and messages.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+}
+
+/// Why a program could not be attached.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// By the method that was asked for, or by the last one tried.
+    #[error("cannot attach to {interface} by {method}: {reason}", method = method.as_str())]
+    Refused {
+        /// The interface.
+        interface: String,
+        /// The method.
+        method: Method,
+        /// Why not.
+        reason: String,
+    },
+    /// Another vxcsum is there.
+    #[error(
+        "{interface} is already watched by vxcsum, process {process}: stop that one first, or \
+         leave {interface} out"
+    )]
+    Taken {
+        /// The interface.
+        interface: String,
+        /// The other process.
+        process: String,
+    },
+}
+
+/// A program that hangs on an interface.
+#[derive(Debug)]
+pub struct Attachment {
+    /// How.
+    pub method: Method,
+    link: SchedClassifierLinkId,
+}
+
+impl Attachment {
+    /// Attaches `program` to the egress of `interface`, first in line. Without `method`, finds out
+    /// by trying which one the kernel has.
+    pub fn new(
+        program: &mut SchedClassifier,
+        interface: &str,
+        method: Option<Method>,
+    ) -> Result<Self, AttachError> {
+        let refused = |method, reason: String| AttachError::Refused {
+            interface: interface.to_owned(),
+            method,
+            reason,
+        };
+        remove_stale_filter(interface)
+            .map_err(|error| refused(Method::Clsact, chain(&error)))?;
+        if method != Some(Method::Clsact) {
+            let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+            match program.attach_with_options(interface, TcAttachType::Egress, order) {
+                Ok(link) => return Ok(Self { method: Method::Tcx, link }),
+                // Kernels before 6.6 know no such attach type.
+                Err(error) if method.is_none() && is_unknown_to_kernel(&error) => {}
+                Err(error) => return Err(refused(Method::Tcx, chain(&error))),
+            }
+        }
+        let refused = |error: &dyn std::error::Error| refused(Method::Clsact, chain(error));
+        match tc::qdisc_add_clsact(interface) {
+            Err(error) if !is_there_already(&error) => return Err(refused(&error)),
+            _ => {}
+        }
+        let options = TcAttachOptions::Netlink(NlOptions {
+            priority: CLSACT_PRIORITY,
+            handle: CLSACT_HANDLE,
+            classid: None,
+        });
+        program
+            .attach_with_options(interface, TcAttachType::Egress, options)
+            .map(|link| Self { method: Method::Clsact, link })
+            .map_err(|error| refused(&error))
+    }
+
+    /// Takes the program off: the TCX link, or our filter; never the qdisc.
+    pub fn detach(self, program: &mut SchedClassifier) -> Result<(), ProgramError> {
+        program.detach(self.link)
+    }
+}
+
+/// Removes the clsact filter that an earlier vxcsum left when it was killed. The caller holds the
+/// [`Claim`] of the interface, so a filter with our program's name has no owner.
+fn remove_stale_filter(interface: &str) -> Result<(), TcError> {
+    match tc::qdisc_detach_program(interface, TcAttachType::Egress, PROGRAM_NAME) {
+        Err(TcError::IoError(error)) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // Without clsact there are no filters to list.
+        Err(TcError::NetlinkError(_)) => Ok(()),
+        other => other,
+    }
+}
+
+fn is_unknown_to_kernel(error: &ProgramError) -> bool {
+    matches!(raw_os_error(error), Some(libc::EINVAL | libc::EOPNOTSUPP))
+}
+
+fn is_there_already(error: &TcError) -> bool {
+    matches!(error, TcError::AlreadyAttached) || raw_os_error(error) == Some(libc::EEXIST)
+}
+
+fn raw_os_error(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let own = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+    own.or_else(|| raw_os_error(error.source()?))
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        // Some errors repeat their source in their own text.
+        let error_text = error.to_string();
+        if !text.contains(&error_text) {
+            text = format!("{text}: {error_text}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// The sole right to watch an interface, held by the process as long as it lives.
+///
+/// An abstract Unix socket: it belongs to the network namespace, as the interface does, and the
+/// kernel takes it back however the process ends.
+#[derive(Debug)]
+pub struct Claim {
+    _socket: tokio::net::UnixListener,
+}
+
+impl Claim {
+    /// Claims an interface.
+    pub fn new(interface: &str, index: u32) -> Result<Self, AttachError> {
+        use std::os::linux::net::SocketAddrExt as _;
+        use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+
+        let refused = |reason: io::Error| AttachError::Refused {
+            interface: interface.to_owned(),
+            method: Method::Tcx,
+            reason: format!("cannot claim the interface: {reason}"),
+        };
+        let address = SocketAddr::from_abstract_name(format!("vxcsum/egress/{index}"))
+            .map_err(refused)?;
+        match UnixListener::bind_addr(&address) {
+            Ok(socket) => {
+                socket.set_nonblocking(true).map_err(refused)?;
+                let socket = tokio::net::UnixListener::from_std(socket).map_err(refused)?;
+                Ok(Self { _socket: socket })
+            }
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                let peer = UnixStream::connect_addr(&address)
+                    .and_then(|stream| {
+                        stream.set_nonblocking(true)?;
+                        tokio::net::UnixStream::from_std(stream)?.peer_cred()
+                    })
+                    .ok();
+                Err(AttachError::Taken { interface: interface.to_owned(), process: process(peer) })
+            }
+            Err(error) => Err(refused(error)),
+        }
+    }
+}
+
+fn process(peer: Option<UCred>) -> String {
+    match peer.as_ref().and_then(UCred::pid) {
+        Some(pid) => format!("{pid}"),
+        None => "unknown".to_owned(),
+    }
+}

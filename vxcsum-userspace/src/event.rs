@@ -1,0 +1,336 @@
+//! A broken packet as people and programs read it.
+
+use std::fmt::{self, Display};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, SystemTime};
+
+use nix::time::{ClockId, clock_gettime};
+use serde::{Serialize, Serializer};
+use vxcsum_common::layout::{self, Action};
+use vxcsum_common::outer::{self, Outer, TCP, UDP};
+use vxcsum_common::verdict::Watch;
+use vxcsum_common::{Captured, Cut, Device, Packet as _, Policy, Proof, Verdict, inner};
+
+use crate::plan::Plan;
+
+/// An event, in the order of its JSON.
+#[derive(Clone, Debug, Serialize)]
+pub struct Event {
+    /// When the packet left.
+    #[serde(serialize_with = "rfc3339")]
+    pub time: SystemTime,
+    /// The interface it left through.
+    pub interface: String,
+    /// The VXLAN device that sent it, where that is known.
+    pub device: Option<String>,
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// The verdict.
+    #[serde(serialize_with = "verdict")]
+    pub verdict: Verdict,
+    /// What was done.
+    #[serde(serialize_with = "action")]
+    pub action: Action,
+    /// The checksum field as it was.
+    pub check: Hex,
+    /// The right sum, where it is known.
+    pub expected: Option<Hex>,
+    /// The outer headers.
+    pub outer: OuterView,
+    /// The inner headers.
+    pub inner: InnerView,
+    /// `skb->mark`.
+    pub mark: Hex,
+    /// Packets on the wire.
+    pub segments: u32,
+    /// Length in bytes, link header included.
+    pub len: u32,
+    /// `skb->ip_summed` by its kernel name, where it can be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ip_summed: Option<&'static str>,
+    /// What proves NAT.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proof: Option<&'static str>,
+}
+
+/// Outer addresses and ports.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct OuterView {
+    src: IpAddr,
+    dst: IpAddr,
+    sport: u16,
+    dport: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sport_before_nat: Option<u16>,
+}
+
+/// Inner addresses and ports, as far as the inner packet has them.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct InnerView {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    src: Option<IpAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dst: Option<IpAddr>,
+    proto: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sport: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dport: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tcp_flags: Option<String>,
+}
+
+/// A number written as `0x` and its digits; 16-bit ones with all four.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hex {
+    /// A checksum.
+    U16(u16),
+    /// A mark.
+    U32(u32),
+}
+
+impl Display for Hex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::U16(value) => write!(f, "{value:#06x}"),
+            Self::U32(value) => write!(f, "{value:#x}"),
+        }
+    }
+}
+
+impl Serialize for Hex {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+fn rfc3339<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_rfc3339_nanos(*time))
+}
+
+// serde hands the field over by reference.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
+fn verdict<S: Serializer>(verdict: &Verdict, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(verdict.as_str())
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
+fn action<S: Serializer>(action: &Action, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(action.as_str())
+}
+
+/// Where the records of one ring buffer come from.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// The interface.
+    pub interface: String,
+    /// What its program works by.
+    pub plan: Plan,
+}
+
+impl Source {
+    /// Decodes a record of the ring buffer; `None` for what no program of this version sends.
+    pub fn decode(&self, record: &[u8]) -> Option<Event> {
+        let raw: layout::Event = bytemuck::try_pod_read_unaligned(record).ok()?;
+        let bytes = raw.snapshot.get(..usize::from(raw.snapshot_len))?;
+        let packet = Captured {
+            len: raw.len as usize,
+            is_raw_ip: self.plan.config().is_raw_ip != 0,
+            ..Captured::new(bytes)
+        };
+        let (at, ()) = outer::locate(&packet, &AnyPort).ok()??;
+        let outer = Outer::read(&packet, at).ok()?;
+        let (src, dst) = addresses(&packet, at.ip, at.is_ipv6).ok()?;
+        let device = self.plan.device_name(outer.destination_port, outer.vni);
+        Some(Event {
+            time: wall_clock(raw.boot_ns),
+            interface: self.interface.clone(),
+            device: device.map(str::to_owned),
+            vni: outer.vni,
+            verdict: Verdict::from_u8(raw.verdict)?,
+            action: Action::from_u8(raw.action)?,
+            check: Hex::U16(raw.check),
+            expected: (raw.expected != 0).then_some(Hex::U16(raw.expected)),
+            outer: OuterView {
+                src,
+                dst,
+                sport: outer.source_port,
+                dport: outer.destination_port,
+                sport_before_nat: (raw.source_port_before_nat != 0)
+                    .then_some(raw.source_port_before_nat),
+            },
+            inner: InnerView::read(&packet, &outer).unwrap_or_else(|Cut| InnerView::cut()),
+            mark: Hex::U32(raw.mark),
+            segments: raw.segments,
+            len: raw.len,
+            ip_summed: match raw.ip_summed {
+                0 => Some("none"),
+                1 => Some("unnecessary"),
+                2 => Some("complete"),
+                3 => Some("partial"),
+                _ => None,
+            },
+            proof: Proof::from_u8(raw.proof).as_str(),
+        })
+    }
+}
+
+/// Finds the headers of a packet that the program has already found to be VXLAN.
+struct AnyPort;
+
+impl Watch for AnyPort {
+    type Port = ();
+
+    fn port(&self, _port: u16) -> Option<()> {
+        Some(())
+    }
+
+    fn policy(&self, (): (), _vni: u32, _is_ipv6: bool) -> Policy {
+        Policy::Unknown
+    }
+
+    fn device(&self, _port: u16, _vni: u32) -> Device {
+        Device::UNKNOWN
+    }
+}
+
+impl InnerView {
+    fn read(packet: &Captured<'_>, outer: &Outer) -> Result<Self, Cut> {
+        let Some(ip) = inner::parse(packet, outer)?.ip else {
+            let (ethertype, _) = outer::ethertype(packet, outer.inner())?;
+            let proto = match ethertype {
+                0x0806 => "arp".to_owned(),
+                ethertype => format!("{ethertype:#06x}"),
+            };
+            return Ok(Self { proto, ..Self::default() });
+        };
+        let (src, dst) = addresses(packet, ip.offset, ip.is_ipv6)?;
+        let mut view = Self {
+            src: Some(src),
+            dst: Some(dst),
+            proto: match ip.protocol {
+                TCP => "tcp".to_owned(),
+                UDP => "udp".to_owned(),
+                1 => "icmp".to_owned(),
+                58 => "icmpv6".to_owned(),
+                protocol => protocol.to_string(),
+            },
+            ..Self::default()
+        };
+        if matches!(ip.protocol, TCP | UDP) && ip.fragment_offset == 0 {
+            let ports = packet.header::<4>(ip.payload)?;
+            view.sport = Some(ports.be16::<0>());
+            view.dport = Some(ports.be16::<2>());
+            if ip.protocol == TCP {
+                view.tcp_flags = Some(tcp_flags(packet.header::<1>(ip.payload + 13)?.u8::<0>()));
+            }
+        }
+        Ok(view)
+    }
+
+    fn cut() -> Self {
+        Self { proto: "unknown".to_owned(), ..Self::default() }
+    }
+}
+
+/// The flags of a TCP header (RFC 9293 §3.1) in tcpdump's letters.
+fn tcp_flags(flags: u8) -> String {
+    const LETTERS: [(u8, char); 8] = [
+        (0x01, 'F'),
+        (0x02, 'S'),
+        (0x04, 'R'),
+        (0x08, 'P'),
+        (0x20, 'U'),
+        (0x40, 'E'),
+        (0x80, 'W'),
+        (0x10, '.'),
+    ];
+    LETTERS.iter().filter(|(bit, _)| flags & bit != 0).map(|&(_, letter)| letter).collect()
+}
+
+fn addresses(
+    packet: &Captured<'_>,
+    ip: usize,
+    is_ipv6: bool,
+) -> Result<(IpAddr, IpAddr), Cut> {
+    if is_ipv6 {
+        let ipv6 = |offset| {
+            let words = packet.header::<16>(offset)?;
+            let [high, low] = [(words.be32::<0>(), words.be32::<4>()), (words.be32::<8>(), words.be32::<12>())]
+                .map(|(high, low)| u128::from(high) << 32 | u128::from(low));
+            Ok(Ipv6Addr::from_bits(high << 64 | low).into())
+        };
+        Ok((ipv6(ip + 8)?, ipv6(ip + 24)?))
+    } else {
+        let ipv4 = |offset| Ok(Ipv4Addr::from_bits(packet.header::<4>(offset)?.be32::<0>()).into());
+        Ok((ipv4(ip + 12)?, ipv4(ip + 16)?))
+    }
+}
+
+/// The time of day of an instant of `CLOCK_BOOTTIME`. Clocks are compared now, so that a step of
+/// the time of day since start does not matter.
+fn wall_clock(boot_ns: u64) -> SystemTime {
+    let now = SystemTime::now();
+    let boot_now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    let age = boot_now.saturating_sub(Duration::from_nanos(boot_ns));
+    now.checked_sub(age).unwrap_or(now)
+}
+
+/// `10:31:02.832436 eth0 stale_nat 10.0.0.11:54947 > 10.0.0.13:8472 …`, for people.
+impl Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = humantime::format_rfc3339_micros(self.time).to_string();
+        let time = time.split_once('T').map_or(time.as_str(), |(_, time)| time);
+        let device = self.device.as_deref().unwrap_or("(unknown device)");
+        write!(
+            f,
+            "{time} {} {} {device} vni {}  ",
+            self.interface,
+            self.verdict.as_str(),
+            self.vni
+        )?;
+        write!(f, "{} > {}", endpoint(self.outer.src, self.outer.sport), endpoint(self.outer.dst, self.outer.dport))?;
+        if let Some(port) = self.outer.sport_before_nat {
+            write!(f, " (source port before NAT {port})")?;
+        }
+        write!(f, "  check {}", self.check)?;
+        match (self.verdict, self.expected) {
+            (Verdict::MangledZero, _) => write!(f, ", the device sends none")?,
+            (_, Some(expected)) => write!(f, ", expected {expected}")?,
+            (_, None) => {}
+        }
+        write!(f, "  inner {}", self.inner)?;
+        if self.mark != Hex::U32(0) {
+            write!(f, "  mark {}", self.mark)?;
+        }
+        if self.segments > 1 {
+            write!(f, "  segments {}", self.segments)?;
+        }
+        match self.action {
+            Action::None => Ok(()),
+            action => write!(f, "  {}", action.as_str()),
+        }
+    }
+}
+
+impl Display for InnerView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.proto)?;
+        if let (Some(src), Some(dst)) = (self.src, self.dst) {
+            match (self.sport, self.dport) {
+                (Some(sport), Some(dport)) => {
+                    write!(f, " {} > {}", endpoint(src, sport), endpoint(dst, dport))?;
+                }
+                _ => write!(f, " {src} > {dst}")?,
+            }
+        }
+        match &self.tcp_flags {
+            Some(flags) => write!(f, " [{flags}]"),
+            None => Ok(()),
+        }
+    }
+}
+
+fn endpoint(address: IpAddr, port: u16) -> String {
+    std::net::SocketAddr::new(address, port).to_string()
+}
