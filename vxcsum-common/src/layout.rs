@@ -5,8 +5,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::verdict::Verdict;
 use crate::Policy;
+use crate::verdict::Verdict;
 
 /// How many UDP ports one interface can be watched for.
 pub const MAX_PORTS: usize = 16;
@@ -25,8 +25,8 @@ pub const SNAPSHOT_LEN: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Config {
-    /// The watched ports, then zeroed ones.
-    pub ports: [Port; MAX_PORTS],
+    /// The watched ports.
+    pub ports: Ports,
     /// A [`FixMode`].
     pub fix: u8,
     /// Also rewrite what is [`Verdict::Bad`].
@@ -37,11 +37,70 @@ pub struct Config {
     pub reserved: [u8; 5],
 }
 
+/// The watched ports, each in the slot that its number hashes to, so that the program finds any of
+/// them with one look, and so does the verifier, which would walk a search from every place on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Ports {
+    /// Multiplier under which the ports have slots of their own.
+    seed: u32,
+    /// Zero.
+    reserved: u32,
+    /// The ports, in a table four times as large as they can be many.
+    slots: [Port; SLOTS],
+}
+
+/// Slots of [`Ports`].
+const SLOTS: usize = 1 << SLOT_BITS;
+const SLOT_BITS: u32 = 6;
+
+impl Ports {
+    /// Places the ports. `None` where one is 0 or given twice, or where they are more than
+    /// [`MAX_PORTS`].
+    pub fn new(ports: &[Port]) -> Option<Self> {
+        let is_unusable = |(index, port): (usize, &Port)| {
+            port.port == 0 || ports[..index].iter().any(|other| other.port == port.port)
+        };
+        if ports.len() > MAX_PORTS || ports.iter().enumerate().any(is_unusable) {
+            return None;
+        }
+        // One multiplier in seven parts 16 ports; Knuth's (TAOCP 6.4) is tried first.
+        (0..u32::MAX).find_map(|attempt| {
+            let mut table = Self {
+                seed: 0x9e37_79b1_u32.wrapping_mul(2 * attempt + 1),
+                reserved: 0,
+                slots: [Port::default(); SLOTS],
+            };
+            for port in ports {
+                let slot = &mut table.slots[table.slot(port.port)];
+                if slot.port != 0 {
+                    return None;
+                }
+                *slot = *port;
+            }
+            Some(table)
+        })
+    }
+
+    /// The slot of a port number.
+    #[inline(always)]
+    pub const fn slot(&self, port: u16) -> usize {
+        ((port as u32).wrapping_mul(self.seed) >> (u32::BITS - SLOT_BITS)) as usize
+    }
+
+    /// What is held of a port, if it is watched.
+    #[inline(always)]
+    pub const fn get(&self, port: u16) -> Option<&Port> {
+        let slot = &self.slots[self.slot(port)];
+        if slot.port == port && port != 0 { Some(slot) } else { None }
+    }
+}
+
 /// A watched port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Port {
-    /// UDP destination port; 0 ends the list.
+    /// UDP destination port; 0 in a slot without a port.
     pub port: u16,
     /// A [`Policy`] for IPv4, where it is the same for all VNIs of the port.
     pub policy_ipv4: u8,
@@ -321,5 +380,34 @@ impl Counters {
     /// Every skb seen.
     pub fn skbs(&self) -> u64 {
         self.not_vxlan + self.verdicts.iter().map(|tally| tally.skbs).sum::<u64>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn port(port: u16) -> Port {
+        Port { port, ..Port::default() }
+    }
+
+    #[test]
+    fn every_port_is_found_and_no_other() {
+        let many =
+            [1, 2, 3, 53, 80, 443, 4789, 4790, 6081, 8472, 8473, 32768, 40000, 65533, 65534, 65535];
+        for count in 0..=MAX_PORTS {
+            let ports = Ports::new(&many.map(port)[..count]).unwrap();
+            for number in 0..=u16::MAX {
+                let found = ports.get(number).map(|found| found.port);
+                assert_eq!(found, many[..count].contains(&number).then_some(number));
+            }
+        }
+    }
+
+    #[test]
+    fn unusable_lists_are_refused() {
+        assert!(Ports::new(&[port(0)]).is_none());
+        assert!(Ports::new(&[port(8472), port(8472)]).is_none());
+        assert!(Ports::new(&[port(1); MAX_PORTS + 1]).is_none());
     }
 }

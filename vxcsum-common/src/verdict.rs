@@ -1,7 +1,7 @@
 //! The verdict on an outer UDP checksum.
 
-use crate::outer::{Beyond, Outer};
 use crate::inner::Transport;
+use crate::outer::{Beyond, Outer};
 use crate::packet::Header;
 use crate::{Cut, Device, Offload, Packet, Policy, Sum, inner, outer};
 

@@ -1,8 +1,6 @@
 //! What happens to a broken packet: fixed where that is asked for, and reported.
 
-use aya_ebpf::helpers::{
-    bpf_ktime_get_boot_ns, bpf_skb_load_bytes, bpf_skb_store_bytes,
-};
+use aya_ebpf::helpers::{bpf_ktime_get_boot_ns, bpf_skb_load_bytes, bpf_skb_store_bytes};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use vxcsum_common::Packet as _;
@@ -19,12 +17,7 @@ const CHECK_OFFSET: usize = 6;
 
 /// Reports a broken packet as it was, then fixes it.
 #[inline(always)]
-pub(crate) fn handle(
-    skb: &Skb,
-    finding: &Finding,
-    config: &Config,
-    counters: &mut Counters,
-) {
+pub(crate) fn handle(skb: &Skb, finding: &Finding, config: &Config, counters: &mut Counters) {
     debug!(
         TcContext::new(skb.ctx),
         "verdict {} check {:x} expected {:x}",

@@ -107,11 +107,7 @@ extern "C" fn locate(ctx: *mut __sk_buff) -> u64 {
 
 /// Unpacks what [`locate`] returned.
 #[inline(always)]
-fn located(
-    bits: u64,
-    skb: &Skb,
-    known: Known,
-) -> Result<Option<(Location, *mut Port)>, Beyond> {
+fn located(bits: u64, skb: &Skb, known: Known) -> Result<Option<(Location, *mut Port)>, Beyond> {
     match bits {
         CUT => Err(Beyond::Outer),
         CUT_VXLAN => Err(Beyond::Vxlan),

@@ -46,19 +46,7 @@ impl Watch for Known {
 
     #[inline(always)]
     fn port(&self, port: u16) -> Option<*mut Port> {
-        if port == 0 {
-            // It ends the list, and nothing listens on it.
-            return None;
-        }
-        for watched in &self.config().ports {
-            if watched.port == port {
-                return Some(core::ptr::from_ref(watched).cast_mut());
-            }
-            if watched.port == 0 {
-                return None;
-            }
-        }
-        None
+        self.config().ports.get(port).map(|port| core::ptr::from_ref(port).cast_mut())
     }
 
     #[inline(always)]

@@ -84,8 +84,7 @@ impl Attachment {
             method,
             reason,
         };
-        remove_stale_filter(interface)
-            .map_err(|error| refused(Method::Clsact, chain(&error)))?;
+        remove_stale_filter(interface).map_err(|error| refused(Method::Clsact, chain(&error)))?;
         if method != Some(Method::Clsact) {
             let order = TcAttachOptions::TcxOrder(LinkOrder::first());
             match program.attach_with_options(interface, TcAttachType::Egress, order) {
@@ -175,8 +174,8 @@ impl Claim {
             method: Method::Tcx,
             reason: format!("cannot claim the interface: {reason}"),
         };
-        let address = SocketAddr::from_abstract_name(format!("vxcsum/egress/{index}"))
-            .map_err(refused)?;
+        let address =
+            SocketAddr::from_abstract_name(format!("vxcsum/egress/{index}")).map_err(refused)?;
         match UnixListener::bind_addr(&address) {
             Ok(socket) => {
                 socket.set_nonblocking(true).map_err(refused)?;

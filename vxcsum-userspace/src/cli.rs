@@ -2,10 +2,10 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vxcsum_common::Policy;
-use vxcsum_common::layout::FixMode;
+use vxcsum_common::layout::{FixMode, MAX_PORTS};
 
 use crate::attach::Method;
-use crate::plan::{Wish, unique_ports};
+use crate::plan::{UnusablePorts, Wish};
 use crate::run::Options;
 
 /// Finds the VXLAN packets that this node sends with a broken outer UDP checksum, says why each is
@@ -115,18 +115,16 @@ fn ring_kib(text: &str) -> Result<u32, String> {
 }
 
 impl RunArgs {
-    /// What to run; an error is wrong usage.
-    pub fn options(self) -> Result<Options, String> {
-        let mut interfaces = Vec::new();
-        for interface in self.interface {
-            if !interfaces.contains(&interface) {
-                interfaces.push(interface);
-            }
+    /// What to run.
+    pub fn options(self) -> Result<Options, UnusablePorts> {
+        let ports = unique(self.port);
+        if ports.len() > MAX_PORTS {
+            return Err(UnusablePorts);
         }
         Ok(Options {
-            interfaces,
+            interfaces: unique(self.interface),
             wish: Wish {
-                ports: unique_ports(&self.port)?,
+                ports,
                 policy: match self.policy {
                     PolicyArg::Auto => None,
                     PolicyArg::Zero => Some(Policy::Zero),
@@ -149,4 +147,15 @@ impl RunArgs {
             bpf_log: self.bpf_log,
         })
     }
+}
+
+/// Each value once, in the order given.
+fn unique<T: PartialEq>(values: Vec<T>) -> Vec<T> {
+    let mut unique = Vec::new();
+    for value in values {
+        if !unique.contains(&value) {
+            unique.push(value);
+        }
+    }
+    unique
 }

@@ -248,16 +248,13 @@ fn tcp_flags(flags: u8) -> String {
     LETTERS.iter().filter(|(bit, _)| flags & bit != 0).map(|&(_, letter)| letter).collect()
 }
 
-fn addresses(
-    packet: &Captured<'_>,
-    ip: usize,
-    is_ipv6: bool,
-) -> Result<(IpAddr, IpAddr), Cut> {
+fn addresses(packet: &Captured<'_>, ip: usize, is_ipv6: bool) -> Result<(IpAddr, IpAddr), Cut> {
     if is_ipv6 {
         let ipv6 = |offset| {
             let words = packet.header::<16>(offset)?;
-            let [high, low] = [(words.be32::<0>(), words.be32::<4>()), (words.be32::<8>(), words.be32::<12>())]
-                .map(|(high, low)| u128::from(high) << 32 | u128::from(low));
+            let [high, low] =
+                [(words.be32::<0>(), words.be32::<4>()), (words.be32::<8>(), words.be32::<12>())]
+                    .map(|(high, low)| u128::from(high) << 32 | u128::from(low));
             Ok(Ipv6Addr::from_bits(high << 64 | low).into())
         };
         Ok((ipv6(ip + 8)?, ipv6(ip + 24)?))
@@ -289,7 +286,12 @@ impl Display for Event {
             self.verdict.as_str(),
             self.vni
         )?;
-        write!(f, "{} > {}", endpoint(self.outer.src, self.outer.sport), endpoint(self.outer.dst, self.outer.dport))?;
+        write!(
+            f,
+            "{} > {}",
+            endpoint(self.outer.src, self.outer.sport),
+            endpoint(self.outer.dst, self.outer.dport)
+        )?;
         if let Some(port) = self.outer.sport_before_nat {
             write!(f, " (source port before NAT {port})")?;
         }

@@ -65,10 +65,8 @@ pub struct Vxlan {
 impl Links {
     /// Asks the kernel.
     pub async fn read() -> Result<Self, LinksError> {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(|error| LinksError {
-            what: "its interfaces",
-            source: error.into(),
-        })?;
+        let (connection, handle, _) = rtnetlink::new_connection()
+            .map_err(|error| LinksError { what: "its interfaces", source: error.into() })?;
         let connection = tokio::spawn(connection);
         let links = Self::read_by(&handle).await;
         connection.abort();

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use vxcsum::cli::{Cli, Command};
 use vxcsum::run;
@@ -23,7 +23,7 @@ fn main() -> ExitCode {
 fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) => {
-            let options = args.options().map_err(|usage| anyhow!(usage))?;
+            let options = args.options()?;
             tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Display};
 use std::net::IpAddr;
 
-use vxcsum_common::layout::{ANY_VNI, Config, DeviceKey, FixMode, MAX_PORTS, Port};
+use thiserror::Error;
+use vxcsum_common::layout::{ANY_VNI, Config, DeviceKey, FixMode, MAX_PORTS, Port, Ports};
 use vxcsum_common::{Device, Policy};
 
 use crate::links::{Link, Links};
@@ -12,7 +13,7 @@ use crate::links::{Link, Links};
 /// What the user asked for.
 #[derive(Clone, Debug)]
 pub struct Wish {
-    /// UDP destination ports, at most [`MAX_PORTS`].
+    /// UDP destination ports, at most [`MAX_PORTS`] different ones.
     pub ports: Vec<u16>,
     /// The policy of every device, instead of what rtnetlink says.
     pub policy: Option<Policy>,
@@ -46,13 +47,16 @@ struct Sender {
 
 impl Plan {
     /// Makes the plan for `link`. `default_ports` is what 0-0 stands for (`ip_local_port_range`).
-    pub fn new(wish: &Wish, link: &Link, links: &Links, default_ports: (u16, u16)) -> Self {
-        let mut plan = Self {
-            ports: wish.ports.iter().map(|&port| (port, PortPlan::default())).collect(),
-            devices: BTreeMap::new(),
-            config: bytemuck::Zeroable::zeroed(),
-        };
-        for (&port, port_plan) in &mut plan.ports {
+    pub fn new(
+        wish: &Wish,
+        link: &Link,
+        links: &Links,
+        default_ports: (u16, u16),
+    ) -> Result<Self, UnusablePorts> {
+        let mut ports = BTreeMap::new();
+        let mut devices = BTreeMap::new();
+        for &port in &wish.ports {
+            let mut port_plan = PortPlan::default();
             // Whatever sends there without being known to rtnetlink, from another namespace say.
             let anybody = Device {
                 source_port_min: default_ports.0,
@@ -61,7 +65,7 @@ impl Plan {
                 policy_ipv6: wish.policy.unwrap_or_default() as u8,
                 ..Device::UNKNOWN
             };
-            plan.devices.insert((port, ANY_VNI), anybody);
+            devices.insert((port, ANY_VNI), anybody);
             for (vxlan_link, vxlan) in links.vxlan_over(link.index) {
                 if vxlan.port != port {
                     continue;
@@ -86,17 +90,21 @@ impl Plan {
                     (min, max) if min >= max => device,
                     (min, max) => Device { source_port_min: min, source_port_max: max, ..device },
                 };
-                plan.devices.insert((port, sender.vni), device);
+                devices.insert((port, sender.vni), device);
                 port_plan.senders.push(sender);
             }
+            ports.insert(port, port_plan);
         }
-        for (slot, (&port, port_plan)) in plan.config.ports.iter_mut().zip(&plan.ports) {
-            *slot = port_plan.port(port, wish.policy);
-        }
-        plan.config.fix = wish.fix as u8;
-        plan.config.fix_unproven = wish.fix_unproven.into();
-        plan.config.is_raw_ip = link.is_raw_ip.into();
-        plan
+        let entries: Vec<_> =
+            ports.iter().map(|(&port, plan)| plan.port(port, wish.policy)).collect();
+        let config = Config {
+            ports: Ports::new(&entries).ok_or(UnusablePorts)?,
+            fix: wish.fix as u8,
+            fix_unproven: wish.fix_unproven.into(),
+            is_raw_ip: link.is_raw_ip.into(),
+            reserved: [0; 5],
+        };
+        Ok(Self { ports, devices, config })
     }
 
     /// For the program.
@@ -120,30 +128,41 @@ impl Plan {
     }
 }
 
-/// `port 8472 sum (flannel.1), port 4789 unknown, learned from traffic; fix off`
+/// `port 4789 policy unknown (no VXLAN device), learned from traffic, port 8472 policy sum
+/// (flannel.1); fix off`
 impl Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, slot) in self.config.ports.iter().take(self.ports.len()).enumerate() {
+        for (index, (number, plan)) in self.ports.iter().enumerate() {
             let separator = if index == 0 { "" } else { ", " };
-            write!(f, "{separator}port {} ", slot.port)?;
-            let senders = &self.ports[&slot.port].senders;
-            if senders.is_empty() {
-                match Policy::from_u8(slot.policy_ipv4) {
-                    Policy::Unknown => write!(f, "policy unknown (no VXLAN device), learned from traffic")?,
+            write!(f, "{separator}port {number} ")?;
+            let Some(sender) = plan.senders.first() else {
+                let port = self.config.ports.get(*number);
+                match port.map_or(Policy::Unknown, |port| port.policy(false)) {
+                    Policy::Unknown => {
+                        write!(f, "policy unknown (no VXLAN device), learned from traffic")?;
+                    }
                     policy => write!(f, "policy {} (as told)", policy.as_str())?,
                 }
-            }
-            for (index, sender) in senders.iter().enumerate() {
-                let separator = if index == 0 { "" } else { ", " };
-                let policy = if sender.is_ipv6 { sender.policy_ipv6 } else { sender.policy_ipv4 };
-                write!(f, "{separator}policy {} ({}", policy.as_str(), sender.name)?;
-                match policy {
-                    Policy::Unknown => write!(f, ", external), learned from traffic")?,
-                    _ => write!(f, ")")?,
-                }
+                continue;
+            };
+            sender.fmt(f)?;
+            for sender in &plan.senders[1..] {
+                write!(f, ", {sender}")?;
             }
         }
         write!(f, "; fix {}", FixMode::from_u8(self.config.fix).as_str())
+    }
+}
+
+/// `policy sum (flannel.1)`
+impl Display for Sender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let policy = if self.is_ipv6 { self.policy_ipv6 } else { self.policy_ipv4 };
+        write!(f, "policy {} ({}", policy.as_str(), self.name)?;
+        match policy {
+            Policy::Unknown => write!(f, ", external), learned from traffic"),
+            Policy::Zero | Policy::Sum => write!(f, ")"),
+        }
     }
 }
 
@@ -173,13 +192,7 @@ fn local<const LEN: usize>(own: Option<IpAddr>, underlay: &Link) -> [u8; LEN] {
     own.into_iter().chain(underlay.addresses.iter().copied()).find_map(bytes).unwrap_or([0; LEN])
 }
 
-/// Checks a list of ports. Returns it sorted, each port once.
-pub fn unique_ports(ports: &[u16]) -> Result<Vec<u16>, String> {
-    let mut ports = ports.to_vec();
-    ports.sort_unstable();
-    ports.dedup();
-    if ports.len() > MAX_PORTS {
-        return Err(format!("{} ports given, at most {MAX_PORTS} can be watched", ports.len()));
-    }
-    Ok(ports)
-}
+/// The list of ports cannot be watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("at most {MAX_PORTS} different UDP ports from 1 to 65535 can be watched")]
+pub struct UnusablePorts;

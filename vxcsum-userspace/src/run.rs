@@ -67,8 +67,7 @@ pub async fn run(options: Options) -> Result<()> {
     let links = Links::read().await?;
     let default_ports = read_local_port_range();
     for name in &options.interfaces {
-        let (interface, events, plan) =
-            attach(&options, skb_layout, &links, default_ports, name)?;
+        let (interface, events, plan) = attach(&options, skb_layout, &links, default_ports, name)?;
         eprintln!("watching {name} ({}): {plan}", interface.attachment.method.as_str());
         let source = Source { interface: name.clone(), plan };
         // SAFETY: the ring buffer owns its file descriptor and keeps it open and the same as long
@@ -138,7 +137,7 @@ fn attach(
         ring_len: options.ring_len,
         debug_log: options.bpf_log,
     })?;
-    let plan = Plan::new(&options.wish, link, links, default_ports);
+    let plan = Plan::new(&options.wish, link, links, default_ports)?;
     for (key, device) in plan.devices() {
         program.set_device(key, device)?;
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use btf_rs::{Btf, BtfType as _, Member, Type};
+use btf_rs::{Backend, Btf, BtfType as _, Member, Type};
 use thiserror::Error;
 use vxcsum_common::layout::SkbLayout;
 
@@ -28,7 +28,7 @@ pub enum LayoutError {
 /// Reads the layout from a BTF file.
 pub fn read(path: &Path) -> Result<SkbLayout, LayoutError> {
     let of_file = |source| LayoutError::Btf { path: path.display().to_string(), source };
-    let btf = Btf::from_file(path).map_err(of_file)?;
+    let btf = Btf::from_file_with_backend(path, Backend::Mmap).map_err(of_file)?;
     let sk_buff = btf
         .resolve_types_by_name("sk_buff")
         .map_err(of_file)?
@@ -38,12 +38,14 @@ pub fn read(path: &Path) -> Result<SkbLayout, LayoutError> {
             _ => None,
         })
         .ok_or(LayoutError::Field("(the struct itself)"))?;
-    let bits = |field| {
-        bit_offset(&btf, &sk_buff.members, field).ok_or(LayoutError::Field(field))
-    };
+    let bits = |field| bit_offset(&btf, &sk_buff.members, field).ok_or(LayoutError::Field(field));
     let bytes = |field| {
         let bits = bits(field)?;
-        if bits.is_multiple_of(8) { to_u16(bits / 8, field) } else { Err(LayoutError::Field(field)) }
+        if bits.is_multiple_of(8) {
+            to_u16(bits / 8, field)
+        } else {
+            Err(LayoutError::Field(field))
+        }
     };
     let ip_summed = bits("ip_summed")?;
     // Two bits that must lie in one byte; bit fields count from the lowest on little-endian
