@@ -8,10 +8,13 @@ use aya_build::{Package, Toolchain};
 const LINKED_TOOLCHAIN: &str = "vxcsum-bpf";
 
 fn main() -> Result<()> {
+    // SAFETY: a build script has one thread here; nothing else reads the environment. aya-build
+    // turns each line of the nested cargo into a warning.
+    unsafe { std::env::set_var("CARGO_TERM_QUIET", "true") };
     let toolchain = if toolchain_has_rust_src("nightly") {
         Toolchain::Nightly
     } else {
-        // SAFETY: a build script has one thread here; nothing else reads the environment.
+        // SAFETY: as above.
         unsafe { std::env::set_var("RUSTC_BOOTSTRAP", "1") };
         Toolchain::Custom(LINKED_TOOLCHAIN)
     };

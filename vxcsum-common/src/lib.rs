@@ -6,6 +6,10 @@
 //! the tests. Everything is inlined: the verifiers of older kernels follow packet pointers only
 //! within one function.
 #![no_std]
+#![allow(
+    clippy::inline_always,
+    reason = "verifiers of older kernels follow packet pointers only within one function"
+)]
 
 pub mod checksum;
 pub mod device;

@@ -168,7 +168,7 @@ impl Outer {
     }
 }
 
-/// The EtherType of the Ethernet frame at `offset`, and the offset of what it announces: VLAN tags
+/// The `EtherType` of the Ethernet frame at `offset`, and the offset of what it announces: VLAN tags
 /// are looked through.
 #[inline(always)]
 pub fn ethertype<P: Packet>(packet: &P, offset: usize) -> Result<(u16, usize), Cut> {

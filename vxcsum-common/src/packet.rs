@@ -66,7 +66,7 @@ pub trait Packet {
     /// may be summed here.
     fn sum(&self, offset: usize, len: usize) -> Option<Sum>;
 
-    /// Whether the packet starts with its IP header (tun, WireGuard and other devices without a
+    /// Whether the packet starts with its IP header (tun, `WireGuard` and other devices without a
     /// link header).
     fn is_raw_ip(&self) -> bool {
         false

@@ -6,6 +6,10 @@
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
+#![allow(
+    clippy::inline_always,
+    reason = "verifiers of older kernels follow packet pointers only within one function"
+)]
 
 mod broken;
 mod maps;

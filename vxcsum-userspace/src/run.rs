@@ -114,7 +114,7 @@ pub async fn run(options: Options) -> Result<()> {
     let _ = to_printer.send(Line::Summary(Box::new(summary))).await;
     drop(to_printer);
     match printer.join() {
-        Ok(printed) => printed.context("cannot write to standard output"),
+        Ok(outcome) => outcome.context("cannot write to standard output"),
         Err(panic) => std::panic::resume_unwind(panic),
     }
 }

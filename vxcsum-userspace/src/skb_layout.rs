@@ -1,8 +1,9 @@
 //! Where the running kernel's `struct sk_buff` holds its offload state, from BTF.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
-use btf_rs::{Backend, Btf, BtfType as _, Member, Type};
+use btfparse::{ErrorKind, Offset, Readable, TypeInformation};
 use thiserror::Error;
 use vxcsum_common::layout::SkbLayout;
 
@@ -12,50 +13,53 @@ pub const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 /// Why the layout is not known.
 #[derive(Debug, Error)]
 pub enum LayoutError {
-    /// The file is missing or no BTF.
+    /// The file cannot be read.
     #[error("cannot read the kernel's types from {path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The file is no BTF, or not that of a kernel.
+    #[error("{path} does not describe a kernel's types: {reason}")]
     Btf {
         /// The file.
-        path: String,
+        path: PathBuf,
         /// Why not.
-        source: btf_rs::Error,
+        reason: String,
     },
-    /// The types are not what any known kernel has.
-    #[error("the kernel's struct sk_buff has no usable field {0}")]
-    Field(&'static str),
 }
 
 /// Reads the layout from a BTF file.
 pub fn read(path: &Path) -> Result<SkbLayout, LayoutError> {
-    let of_file = |source| LayoutError::Btf { path: path.display().to_string(), source };
-    let btf = Btf::from_file_with_backend(path, Backend::Mmap).map_err(of_file)?;
-    let sk_buff = btf
-        .resolve_types_by_name("sk_buff")
-        .map_err(of_file)?
-        .into_iter()
-        .find_map(|found| match found {
-            Type::Struct(sk_buff) => Some(sk_buff),
-            _ => None,
-        })
-        .ok_or(LayoutError::Field("(the struct itself)"))?;
-    let bits = |field| bit_offset(&btf, &sk_buff.members, field).ok_or(LayoutError::Field(field));
-    let bytes = |field| {
-        let bits = bits(field)?;
-        if bits.is_multiple_of(8) {
-            to_u16(bits / 8, field)
-        } else {
-            Err(LayoutError::Field(field))
-        }
+    let bytes = fs::read(path)
+        .map_err(|source| LayoutError::File { path: path.to_owned(), source })?;
+    of_btf(&bytes).map_err(|reason| LayoutError::Btf { path: path.to_owned(), reason })
+}
+
+fn of_btf(bytes: &[u8]) -> Result<SkbLayout, String> {
+    let types = TypeInformation::new(&Bytes(bytes)).map_err(|error| error.to_string())?;
+    let sk_buff = types.id_of("sk_buff").ok_or("there is no struct sk_buff")?;
+    let bits = |field: &str| match types.offset_of(sk_buff, field) {
+        Ok((_, Offset::ByteOffset(bytes))) => Ok(bytes * 8),
+        Ok((_, Offset::BitOffsetAndSize(bits, _))) => Ok(bits),
+        Err(error) => Err(format!("struct sk_buff has no usable {field}: {error}")),
     };
-    let ip_summed = bits("ip_summed")?;
+    let unusable = |field| format!("struct sk_buff has {field} where it cannot be read");
+    let bytes = |field: &str| match (bits(field)?, u16::try_from(bits(field)? / 8)) {
+        (bits, Ok(bytes)) if bits.is_multiple_of(8) => Ok(bytes),
+        _ => Err(unusable(field)),
+    };
     // Two bits that must lie in one byte; bit fields count from the lowest on little-endian
     // machines, the only ones that the object is built for.
-    if ip_summed % 8 > 6 || cfg!(target_endian = "big") {
-        return Err(LayoutError::Field("ip_summed"));
+    let ip_summed = bits("ip_summed")?;
+    if ip_summed % 8 > 6 {
+        return Err(unusable("ip_summed"));
     }
     Ok(SkbLayout {
-        ip_summed: to_u16(ip_summed / 8, "ip_summed")?,
-        ip_summed_shift: to_u16(ip_summed % 8, "ip_summed")?,
+        ip_summed: u16::try_from(ip_summed / 8).map_err(|_| unusable("ip_summed"))?,
+        ip_summed_shift: (ip_summed % 8) as u16,
         csum_start: bytes("csum_start")?,
         csum_offset: bytes("csum_offset")?,
         head: bytes("head")?,
@@ -64,27 +68,18 @@ pub fn read(path: &Path) -> Result<SkbLayout, LayoutError> {
     })
 }
 
-fn to_u16(value: u32, field: &'static str) -> Result<u16, LayoutError> {
-    u16::try_from(value).map_err(|_| LayoutError::Field(field))
-}
+/// Bytes as the BTF parser wants them.
+struct Bytes<'a>(&'a [u8]);
 
-/// Offset of a field in bits, also within anonymous structs and unions.
-fn bit_offset(btf: &Btf, members: &[Member], field: &str) -> Option<u32> {
-    members.iter().find_map(|member| {
-        let name = btf.resolve_name(member).unwrap_or_default();
-        if name == field {
-            return Some(member.bit_offset());
-        }
-        if !name.is_empty() {
-            return None;
-        }
-        match btf.resolve_type_by_id(member.get_type_id()?).ok()? {
-            Type::Struct(inner) | Type::Union(inner) => {
-                Some(member.bit_offset() + bit_offset(btf, &inner.members, field)?)
-            }
-            _ => None,
-        }
-    })
+impl Readable for Bytes<'_> {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> btfparse::Result<()> {
+        let bytes = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| self.0.get(offset..)?.get(..buffer.len()))
+            .ok_or_else(|| btfparse::Error::new(ErrorKind::IOError, "the file ends too early"))?;
+        buffer.copy_from_slice(bytes);
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -103,5 +98,13 @@ mod tests {
     fn a_missing_file_is_named() {
         let error = read(Path::new("/nonexistent/btf")).unwrap_err().to_string();
         assert!(error.contains("/nonexistent/btf"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_ends_too_early_is_refused() {
+        let whole = fs::read(VMLINUX_BTF).unwrap();
+        for len in [0, 1, 24, 1000, whole.len() / 2] {
+            assert!(of_btf(&whole[..len]).is_err(), "{len} bytes");
+        }
     }
 }
