@@ -293,7 +293,7 @@ impl Display for Event {
             endpoint(self.outer.dst, self.outer.dport)
         )?;
         if let Some(port) = self.outer.sport_before_nat {
-            write!(f, " (source port before NAT {port})")?;
+            write!(f, " (port {port} before NAT)")?;
         }
         write!(f, "  check {}", self.check)?;
         match (self.verdict, self.expected) {

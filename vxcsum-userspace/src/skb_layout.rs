@@ -33,20 +33,20 @@ pub enum LayoutError {
 
 /// Reads the layout from a BTF file.
 pub fn read(path: &Path) -> Result<SkbLayout, LayoutError> {
-    let bytes = fs::read(path)
-        .map_err(|source| LayoutError::File { path: path.to_owned(), source })?;
+    let bytes =
+        fs::read(path).map_err(|source| LayoutError::File { path: path.to_owned(), source })?;
     of_btf(&bytes).map_err(|reason| LayoutError::Btf { path: path.to_owned(), reason })
 }
 
 fn of_btf(bytes: &[u8]) -> Result<SkbLayout, String> {
-    let types = TypeInformation::new(&Bytes(bytes)).map_err(|error| error.to_string())?;
+    let types = TypeInformation::new(&Bytes(bytes)).map_err(|error| error.message().to_owned())?;
     let sk_buff = types.id_of("sk_buff").ok_or("there is no struct sk_buff")?;
     let bits = |field: &str| match types.offset_of(sk_buff, field) {
         Ok((_, Offset::ByteOffset(bytes))) => Ok(bytes * 8),
         Ok((_, Offset::BitOffsetAndSize(bits, _))) => Ok(bits),
-        Err(error) => Err(format!("struct sk_buff has no usable {field}: {error}")),
+        Err(error) => Err(format!("struct sk_buff has no usable {field}: {}", error.message())),
     };
-    let unusable = |field| format!("struct sk_buff has {field} where it cannot be read");
+    let unusable = |field: &str| format!("struct sk_buff has {field} where it cannot be read");
     let bytes = |field: &str| match (bits(field)?, u16::try_from(bits(field)? / 8)) {
         (bits, Ok(bytes)) if bits.is_multiple_of(8) => Ok(bytes),
         _ => Err(unusable(field)),
