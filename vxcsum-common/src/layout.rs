@@ -34,8 +34,17 @@ pub struct Config {
     /// The interface has no link header.
     pub is_raw_ip: u8,
     /// Zero.
-    pub reserved: [u8; 5],
+    pub reserved: u8,
+    /// Time that an event costs, in nanoseconds: a second by the rate limit; 0 without a limit.
+    pub event_cost_ns: u32,
 }
+
+/// How far events may run ahead of the rate limit, in nanoseconds: a burst of one second's worth.
+/// Repeats of an inner flow that was reported before may use half of it.
+pub const BURST_NS: u64 = 1_000_000_000;
+
+/// Inner flows that are remembered per interface.
+pub const MAX_FLOWS: u32 = 8192;
 
 /// The watched ports, each in the slot that its number hashes to, so that the program finds any of
 /// them with one look, and so does the verifier, which would walk a search from every place on.
@@ -278,26 +287,40 @@ pub struct Tally {
     pub bytes: u64,
 }
 
+/// What became of the report on a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Report {
+    /// The packet is not broken, so there is none.
+    None = 0,
+    /// An event was sent.
+    Emitted = 1,
+    /// The rate limit held the event back.
+    Suppressed = 2,
+    /// The event found no room.
+    Lost = 3,
+}
+
+impl Report {
+    /// Every report, in the order of its code.
+    pub const ALL: [Self; 4] = [Self::None, Self::Emitted, Self::Suppressed, Self::Lost];
+}
+
 /// The counters of one interface on one CPU.
 ///
-/// The number of skbs seen is not kept: it is `not_vxlan` plus the skbs of every verdict.
+/// Each packet is counted once, in one tally, and every total is a sum over tallies: so totals agree
+/// with each other at any instant, however counting and reading meet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Counters {
     /// Skbs that are not VXLAN to a watched port.
     pub not_vxlan: u64,
-    /// By the code of the verdict.
-    pub verdicts: [Tally; Verdict::ALL.len()],
+    /// By the code of the verdict, and of the report.
+    pub tallies: [[Tally; Report::ALL.len()]; Verdict::ALL.len()],
     /// Packets on the wire whose checksum was set to zero.
     pub zeroed: u64,
     /// Packets on the wire whose checksum was set to the right sum.
     pub restored: u64,
-    /// Events that were sent, one for each broken skb.
-    pub emitted: u64,
-    /// Events held back by a rate limit.
-    pub suppressed: u64,
-    /// Events that found no room.
-    pub lost: u64,
 }
 
 /// A broken packet.
@@ -357,30 +380,40 @@ impl Counters {
     /// Both together.
     #[must_use]
     pub fn plus(&self, other: &Self) -> Self {
-        let mut sum = Self {
-            not_vxlan: self.not_vxlan + other.not_vxlan,
-            verdicts: self.verdicts,
-            zeroed: self.zeroed + other.zeroed,
-            restored: self.restored + other.restored,
-            emitted: self.emitted + other.emitted,
-            suppressed: self.suppressed + other.suppressed,
-            lost: self.lost + other.lost,
-        };
-        for (tally, other) in sum.verdicts.iter_mut().zip(&other.verdicts) {
+        let mut sum = *self;
+        sum.not_vxlan += other.not_vxlan;
+        sum.zeroed += other.zeroed;
+        sum.restored += other.restored;
+        let tallies = sum.tallies.as_flattened_mut().iter_mut();
+        for (tally, other) in tallies.zip(other.tallies.as_flattened()) {
             *tally = tally.plus(other);
         }
         sum
     }
 
-    /// The tally of one verdict.
-    pub const fn of(&self, verdict: Verdict) -> Tally {
-        self.verdicts[verdict as usize]
+    /// All packets with one verdict.
+    pub fn of(&self, verdict: Verdict) -> Tally {
+        total(&self.tallies[verdict as usize])
+    }
+
+    /// All packets with one report; an event is one skb.
+    pub fn reported(&self, report: Report) -> Tally {
+        total(self.tallies.iter().map(|by_report| &by_report[report as usize]))
+    }
+
+    /// All packets that are VXLAN to a watched port.
+    pub fn vxlan(&self) -> Tally {
+        total(self.tallies.as_flattened())
     }
 
     /// Every skb seen.
     pub fn skbs(&self) -> u64 {
-        self.not_vxlan + self.verdicts.iter().map(|tally| tally.skbs).sum::<u64>()
+        self.not_vxlan + self.vxlan().skbs
     }
+}
+
+fn total<'a>(tallies: impl IntoIterator<Item = &'a Tally>) -> Tally {
+    tallies.into_iter().fold(Tally::default(), |sum, tally| sum.plus(tally))
 }
 
 #[cfg(test)]

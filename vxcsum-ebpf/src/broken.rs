@@ -5,9 +5,11 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use vxcsum_common::Packet as _;
 use vxcsum_common::fix::{Remedy, remedy};
-use vxcsum_common::layout::{Action, Config, Counters, Event, FixMode, SNAPSHOT_LEN};
+use vxcsum_common::layout::{Action, Config, Counters, Event, FixMode, Report, SNAPSHOT_LEN};
+use vxcsum_common::outer::Outer;
 use vxcsum_common::verdict::Finding;
 
+use crate::limit;
 use crate::maps::EVENTS;
 use crate::opaque::between_1_and;
 use crate::skb::Skb;
@@ -17,7 +19,13 @@ const CHECK_OFFSET: usize = 6;
 
 /// Reports a broken packet as it was, then fixes it.
 #[inline(always)]
-pub(crate) fn handle(skb: &Skb, finding: &Finding, config: &Config, counters: &mut Counters) {
+pub(crate) fn handle(
+    skb: &Skb,
+    outer: &Outer,
+    finding: &Finding,
+    config: &Config,
+    counters: &mut Counters,
+) -> Report {
     debug!(
         TcContext::new(skb.ctx),
         "verdict {} check {:x} expected {:x}",
@@ -25,12 +33,14 @@ pub(crate) fn handle(skb: &Skb, finding: &Finding, config: &Config, counters: &m
         finding.check,
         finding.expected
     );
-    let event = EVENTS.reserve::<Event>(0);
     let remedy = remedy(FixMode::from_u8(config.fix), config.fix_unproven != 0, finding);
-    let Some(mut event) = event else {
-        counters.lost += 1;
+    if !limit::allows(skb, outer, config) {
         apply(skb, finding, remedy, counters);
-        return;
+        return Report::Suppressed;
+    }
+    let Some(mut event) = EVENTS.reserve::<Event>(0) else {
+        apply(skb, finding, remedy, counters);
+        return Report::Lost;
     };
     let out = event.as_mut_ptr();
     // SAFETY: `out` is valid for a whole `Event`, and each field is written before it is sent.
@@ -51,7 +61,7 @@ pub(crate) fn handle(skb: &Skb, finding: &Finding, config: &Config, counters: &m
         (*out).action = apply(skb, finding, remedy, counters) as u8;
     }
     event.submit(0);
-    counters.emitted += 1;
+    Report::Emitted
 }
 
 /// Copies the start of the packet. Returns how many bytes.

@@ -12,6 +12,7 @@
 )]
 
 mod broken;
+mod limit;
 mod maps;
 mod opaque;
 mod skb;
@@ -19,7 +20,7 @@ mod skb;
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use vxcsum_common::layout::{Counters, Port};
+use vxcsum_common::layout::{Counters, Port, Report};
 use vxcsum_common::outer::{self, Beyond, Location, Outer};
 use vxcsum_common::verdict::{self, Answer, AnswerKind, Watch as _};
 use vxcsum_common::{Packet as _, Policy, Verdict};
@@ -49,7 +50,7 @@ fn examine(ctx: *mut __sk_buff) -> Option<()> {
     match found {
         Ok(None) | Err(Beyond::Outer) => counters.not_vxlan += 1,
         Ok(Some((at, port))) => judge(skb, known, at, port, counters),
-        Err(Beyond::Vxlan) => count(&skb, Verdict::Unverified, counters),
+        Err(Beyond::Vxlan) => count(&skb, Verdict::Unverified, Report::None, counters),
     }
     Some(())
 }
@@ -59,7 +60,7 @@ fn examine(ctx: *mut __sk_buff) -> Option<()> {
 fn judge(skb: Skb, known: Known, at: Location, port: *mut Port, counters: &mut Counters) {
     // Cannot fail: `locate` has just seen these headers.
     let Ok(outer) = Outer::read(&skb, at) else {
-        return count(&skb, Verdict::Unverified, counters);
+        return count(&skb, Verdict::Unverified, Report::None, counters);
     };
     let policy = known.policy(port, outer.vni, at.is_ipv6);
     let answer = match verdict::by_outer(&skb, &outer) {
@@ -68,7 +69,7 @@ fn judge(skb: Skb, known: Known, at: Location, port: *mut Port, counters: &mut C
     };
     match answer.verdict(policy) {
         Some(verdict) => {
-            count(&skb, verdict, counters);
+            count(&skb, verdict, Report::None, counters);
             learn(verdict, at.is_ipv6, port);
         }
         None => _ = broken(skb.ctx, at.to_bits(), answer.to_bits(), policy as u32),
@@ -144,10 +145,12 @@ extern "C" fn broken(ctx: *mut __sk_buff, at: u64, answer: u64, policy: u32) -> 
     let Ok(outer) = Outer::read(&skb, Location::from_bits(at)) else { return 0 };
     let policy = Policy::from_u8(policy as u8);
     let finding = verdict::explain(&skb, &known, &outer, policy, Answer::from_bits(answer));
-    count(&skb, finding.verdict, counters);
-    if finding.verdict.is_broken() {
-        broken::handle(&skb, &finding, known.config(), counters);
-    }
+    let report = if finding.verdict.is_broken() {
+        broken::handle(&skb, &outer, &finding, known.config(), counters)
+    } else {
+        Report::None
+    };
+    count(&skb, finding.verdict, report, counters);
     0
 }
 
@@ -159,9 +162,10 @@ fn counters() -> Option<&'static mut Counters> {
 }
 
 #[inline(always)]
-fn count(skb: &Skb, verdict: Verdict, counters: &mut Counters) {
-    // There are eight, a power of two: the mask is for the verifier only.
-    let tally = &mut counters.verdicts[opaque(verdict as usize) & (Verdict::ALL.len() - 1)];
+fn count(skb: &Skb, verdict: Verdict, report: Report, counters: &mut Counters) {
+    // There are eight verdicts and four reports, powers of two: the masks are for the verifier only.
+    let by_report = &mut counters.tallies[opaque(verdict as usize) & (Verdict::ALL.len() - 1)];
+    let tally = &mut by_report[opaque(report as usize) & (Report::ALL.len() - 1)];
     tally.skbs += 1;
     tally.packets += u64::from(skb.segments());
     tally.bytes += u64::from(skb.wire_len());

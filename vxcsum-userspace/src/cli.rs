@@ -72,6 +72,11 @@ pub struct RunArgs {
     #[arg(long)]
     json: bool,
 
+    /// The most events a second from each interface, 0 for no limit; counters stay exact, and a
+    /// connection that is new is preferred over repeats
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    events_per_second: u32,
+
     /// How to attach: tcx (Linux 6.6), clsact, or the first of them that works
     #[arg(long, value_enum, default_value_t = AttachArg::Auto)]
     attach: AttachArg,
@@ -136,6 +141,7 @@ impl RunArgs {
                     FixArg::Restore => FixMode::Restore,
                 },
                 fix_unproven: self.fix_unproven,
+                events_per_second: self.events_per_second,
             },
             method: match self.attach {
                 AttachArg::Auto => None,

@@ -21,6 +21,18 @@ pub struct Wish {
     pub fix: FixMode,
     /// Also into packets whose error nothing explains.
     pub fix_unproven: bool,
+    /// The most events a second and interface; 0 for no limit.
+    pub events_per_second: u32,
+}
+
+impl Wish {
+    const fn event_cost_ns(&self) -> u32 {
+        match self.events_per_second {
+            0 => 0,
+            // Never 0, which would be no limit at all.
+            limit => 1_000_000_000_u32.div_ceil(limit),
+        }
+    }
 }
 
 /// What follows for one interface.
@@ -102,7 +114,8 @@ impl Plan {
             fix: wish.fix as u8,
             fix_unproven: wish.fix_unproven.into(),
             is_raw_ip: link.is_raw_ip.into(),
-            reserved: [0; 5],
+            reserved: 0,
+            event_cost_ns: wish.event_cost_ns(),
         };
         Ok(Self { ports, devices, config })
     }

@@ -5,7 +5,7 @@ use std::fmt::{self, Display};
 use serde::ser::SerializeMap as _;
 use serde::{Serialize, Serializer};
 use vxcsum_common::Verdict;
-use vxcsum_common::layout::{Counters, FixMode};
+use vxcsum_common::layout::{Counters, FixMode, Report};
 
 use crate::attach::Method;
 
@@ -57,9 +57,9 @@ impl Summary {
     /// Of all interfaces.
     pub fn new(fix: FixMode, interfaces: Vec<Interface>) -> Self {
         let events = interfaces.iter().fold(Events::default(), |sum, interface| Events {
-            emitted: sum.emitted + interface.verdicts.emitted,
-            suppressed: sum.suppressed + interface.verdicts.suppressed,
-            lost: sum.lost + interface.verdicts.lost,
+            emitted: sum.emitted + interface.verdicts.reported(Report::Emitted).skbs,
+            suppressed: sum.suppressed + interface.verdicts.reported(Report::Suppressed).skbs,
+            lost: sum.lost + interface.verdicts.reported(Report::Lost).skbs,
         });
         Self { fix, events, interfaces }
     }

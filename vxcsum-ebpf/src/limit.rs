@@ -1,0 +1,48 @@
+//! The rate limit of events: the generic cell rate algorithm (ITU-T I.371), one cell an event.
+
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, LruHashMap};
+use vxcsum_common::inner;
+use vxcsum_common::layout::{BURST_NS, Config, MAX_FLOWS};
+use vxcsum_common::outer::Outer;
+
+use crate::skb::Skb;
+
+/// When the events sent so far are paid for, in nanoseconds of `CLOCK_MONOTONIC`.
+#[map]
+static PAID_UNTIL: Array<u64> = Array::with_max_entries(1, 0);
+
+/// Inner flows that were reported.
+#[map]
+static FLOWS: LruHashMap<u64, u8> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
+
+/// Whether an event may be sent. The first one of an inner flow may still be when repeats may not.
+///
+/// CPUs race for the map value. Two that read the same one pay once for two events, so the limit is
+/// exceeded by as many as there are CPUs at the most, and only at the same instant.
+#[inline(always)]
+pub(crate) fn allows(skb: &Skb, outer: &Outer, config: &Config) -> bool {
+    let cost = u64::from(config.event_cost_ns);
+    if cost == 0 {
+        return true;
+    }
+    let Some(paid_until) = PAID_UNTIL.get_ptr_mut(0) else { return true };
+    // SAFETY: the helper only reads a clock.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // SAFETY: a map value lives as long as the program.
+    let from = unsafe { *paid_until }.max(now);
+    let Ok(flow) = inner::flow(skb, outer) else { return false };
+    let is_repeat = FLOWS.get_ptr(flow).is_some();
+    let allowance = if is_repeat { BURST_NS / 2 } else { BURST_NS };
+    if from - now >= allowance {
+        return false;
+    }
+    // SAFETY: as above.
+    unsafe { *paid_until = from + cost };
+    if !is_repeat {
+        // Fails only without memory; the flow then stays new.
+        let _ = FLOWS.insert(flow, 1, 0);
+    }
+    true
+}
