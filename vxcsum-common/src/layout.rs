@@ -204,6 +204,9 @@ pub enum FixMode {
 }
 
 impl FixMode {
+    /// Every mode, in the order of its code.
+    pub const ALL: [Self; 3] = [Self::Off, Self::Zero, Self::Restore];
+
     /// From the byte that crosses the boundary.
     #[inline(always)]
     pub const fn from_u8(code: u8) -> Self {

@@ -32,7 +32,7 @@ pub(crate) fn allows(skb: &Skb, outer: &Outer, config: &Config) -> bool {
     let now = unsafe { bpf_ktime_get_ns() };
     // SAFETY: a map value lives as long as the program.
     let from = unsafe { *paid_until }.max(now);
-    let Ok(flow) = inner::flow(skb, outer) else { return false };
+    let flow = inner::flow(skb, outer).unwrap_or_default();
     let is_repeat = FLOWS.get_ptr(flow).is_some();
     let allowance = if is_repeat { BURST_NS / 2 } else { BURST_NS };
     if from - now >= allowance {

@@ -28,6 +28,9 @@ pub enum Method {
 }
 
 impl Method {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Tcx, Self::Clsact];
+
     /// The word in JSON and messages.
     pub const fn as_str(self) -> &'static str {
         match self {

@@ -5,19 +5,21 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, SystemTime};
 
 use nix::time::{ClockId, clock_gettime};
-use serde::{Serialize, Serializer};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vxcsum_common::layout::{self, Action};
 use vxcsum_common::outer::{self, Outer, TCP, UDP};
 use vxcsum_common::verdict::Watch;
 use vxcsum_common::{Captured, Cut, Device, Packet as _, Policy, Proof, Verdict, inner};
 
+use crate::names;
 use crate::plan::Plan;
 
 /// An event, in the order of its JSON.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Event {
     /// When the packet left.
-    #[serde(serialize_with = "rfc3339")]
+    #[serde(with = "rfc3339")]
     pub time: SystemTime,
     /// The interface it left through.
     pub interface: String,
@@ -26,10 +28,10 @@ pub struct Event {
     /// VXLAN network identifier.
     pub vni: u32,
     /// The verdict.
-    #[serde(serialize_with = "verdict")]
+    #[serde(with = "names::verdict")]
     pub verdict: Verdict,
     /// What was done.
-    #[serde(serialize_with = "action")]
+    #[serde(with = "names::action")]
     pub action: Action,
     /// The checksum field as it was.
     pub check: Hex,
@@ -47,14 +49,14 @@ pub struct Event {
     pub len: u32,
     /// `skb->ip_summed` by its kernel name, where it can be read.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub ip_summed: Option<&'static str>,
+    pub ip_summed: Option<String>,
     /// What proves NAT.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub proof: Option<&'static str>,
+    pub proof: Option<String>,
 }
 
 /// Outer addresses and ports.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct OuterView {
     src: IpAddr,
     dst: IpAddr,
@@ -65,7 +67,7 @@ pub struct OuterView {
 }
 
 /// Inner addresses and ports, as far as the inner packet has them.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct InnerView {
     #[serde(skip_serializing_if = "Option::is_none")]
     src: Option<IpAddr>,
@@ -104,19 +106,38 @@ impl Serialize for Hex {
     }
 }
 
-fn rfc3339<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&humantime::format_rfc3339_nanos(*time))
+impl<'de> Deserialize<'de> for Hex {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let digits = text.strip_prefix("0x").ok_or_else(|| D::Error::custom("no 0x"))?;
+        let value = u32::from_str_radix(digits, 16).map_err(D::Error::custom)?;
+        // Only a checksum has leading zeros, or four digits by chance, which prints the same.
+        match u16::try_from(value) {
+            Ok(value) if digits.len() == 4 => Ok(Self::U16(value)),
+            _ => Ok(Self::U32(value)),
+        }
+    }
 }
 
-// serde hands the field over by reference.
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
-fn verdict<S: Serializer>(verdict: &Verdict, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(verdict.as_str())
-}
+/// An instant as RFC 3339 has it, in UTC, with nanoseconds.
+mod rfc3339 {
+    use serde::{Deserialize as _, Deserializer, Serializer};
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
-fn action<S: Serializer>(action: &Action, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(action.as_str())
+    use super::SystemTime;
+
+    pub(super) fn serialize<Out: Serializer>(
+        time: &SystemTime,
+        out: Out,
+    ) -> Result<Out::Ok, Out::Error> {
+        out.collect_str(&humantime::format_rfc3339_nanos(*time))
+    }
+
+    pub(super) fn deserialize<'de, In: Deserializer<'de>>(
+        input: In,
+    ) -> Result<SystemTime, In::Error> {
+        let text = String::deserialize(input)?;
+        humantime::parse_rfc3339(&text).map_err(serde::de::Error::custom)
+    }
 }
 
 /// Where the records of one ring buffer come from.
@@ -164,13 +185,13 @@ impl Source {
             segments: raw.segments,
             len: raw.len,
             ip_summed: match raw.ip_summed {
-                0 => Some("none"),
-                1 => Some("unnecessary"),
-                2 => Some("complete"),
-                3 => Some("partial"),
+                0 => Some("none".to_owned()),
+                1 => Some("unnecessary".to_owned()),
+                2 => Some("complete".to_owned()),
+                3 => Some("partial".to_owned()),
                 _ => None,
             },
-            proof: Proof::from_u8(raw.proof).as_str(),
+            proof: Proof::from_u8(raw.proof).as_str().map(str::to_owned),
         })
     }
 }

@@ -4,6 +4,7 @@ pub mod attach;
 pub mod cli;
 pub mod event;
 pub mod links;
+pub mod names;
 pub mod plan;
 pub mod program;
 pub mod run;

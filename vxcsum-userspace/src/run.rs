@@ -20,7 +20,7 @@ use crate::links::Links;
 use crate::plan::{Plan, Wish};
 use crate::program::{LoadOptions, Program};
 use crate::skb_layout::{self, VMLINUX_BTF};
-use crate::summary::{Interface, Summary};
+use crate::summary::Summary;
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -105,11 +105,11 @@ pub async fn run(options: Options) -> Result<()> {
     }
     stop.send_replace(true);
     while readers.join_next().await.is_some() {}
-    let mut summaries = Vec::new();
+    let mut counted = Vec::new();
     for (name, program, method, _) in &detached {
-        summaries.push(Interface::new(name, *method, program.counters()?));
+        counted.push((name.as_str(), *method, program.counters()?));
     }
-    let summary = Summary::new(options.wish.fix, summaries);
+    let summary = Summary::new(options.wish.fix, counted);
     // Fails when nobody reads any more, which ends quietly.
     let _ = to_printer.send(Line::Summary(Box::new(summary))).await;
     drop(to_printer);

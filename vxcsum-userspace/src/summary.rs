@@ -1,25 +1,28 @@
-//! Counters and attachment of all interfaces.
+//! Counters and attachment of all interfaces, as `status` shows them.
 
+use std::collections::BTreeMap;
 use std::fmt::{self, Display};
+use std::time::Duration;
 
-use serde::ser::SerializeMap as _;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use vxcsum_common::Verdict;
 use vxcsum_common::layout::{Counters, FixMode, Report};
 
 use crate::attach::Method;
+use crate::names;
 
 /// All interfaces.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Summary {
-    #[serde(serialize_with = "fix")]
-    fix: FixMode,
+    /// What is written into broken packets.
+    #[serde(with = "names::fix_mode")]
+    pub fix: FixMode,
     events: Events,
     interfaces: Vec<Interface>,
 }
 
 /// Events of all interfaces, one for each broken skb.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 struct Events {
     emitted: u64,
     suppressed: u64,
@@ -27,74 +30,95 @@ struct Events {
 }
 
 /// One interface.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Interface {
     name: String,
-    #[serde(serialize_with = "method")]
+    #[serde(with = "names::method")]
     attach: Method,
     skbs: u64,
     not_vxlan: u64,
-    #[serde(serialize_with = "verdicts")]
-    verdicts: Counters,
+    /// By the name of the verdict.
+    verdicts: BTreeMap<String, OnWire>,
     fixed: u64,
 }
 
-impl Interface {
-    /// Of what its program has counted.
-    pub fn new(name: &str, attach: Method, counters: Counters) -> Self {
-        Self {
-            name: name.to_owned(),
-            attach,
-            skbs: counters.skbs(),
-            not_vxlan: counters.not_vxlan,
-            fixed: counters.zeroed + counters.restored,
-            verdicts: counters,
-        }
-    }
-}
-
-impl Summary {
-    /// Of all interfaces.
-    pub fn new(fix: FixMode, interfaces: Vec<Interface>) -> Self {
-        let events = interfaces.iter().fold(Events::default(), |sum, interface| Events {
-            emitted: sum.emitted + interface.verdicts.reported(Report::Emitted).skbs,
-            suppressed: sum.suppressed + interface.verdicts.reported(Report::Suppressed).skbs,
-            lost: sum.lost + interface.verdicts.reported(Report::Lost).skbs,
-        });
-        Self { fix, events, interfaces }
-    }
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
-fn fix<S: Serializer>(fix: &FixMode, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(fix.as_str())
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
-fn method<S: Serializer>(method: &Method, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(method.as_str())
-}
-
-#[derive(Serialize)]
+/// Packets and bytes on the wire.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 struct OnWire {
     packets: u64,
     bytes: u64,
 }
 
-fn verdicts<S: Serializer>(counters: &Counters, serializer: S) -> Result<S::Ok, S::Error> {
-    let mut map = serializer.serialize_map(Some(Verdict::ALL.len()))?;
-    for verdict in Verdict::ALL {
-        let tally = counters.of(verdict);
-        let on_wire = OnWire { packets: tally.packets, bytes: tally.bytes };
-        map.serialize_entry(verdict.as_str(), &on_wire)?;
+impl Summary {
+    /// Of all interfaces, by what their programs have counted.
+    pub fn new<'a>(
+        fix: FixMode,
+        interfaces: impl IntoIterator<Item = (&'a str, Method, Counters)>,
+    ) -> Self {
+        let mut summary = Self { fix, events: Events::default(), interfaces: Vec::new() };
+        for (name, attach, counters) in interfaces {
+            summary.events.emitted += counters.reported(Report::Emitted).skbs;
+            summary.events.suppressed += counters.reported(Report::Suppressed).skbs;
+            summary.events.lost += counters.reported(Report::Lost).skbs;
+            let verdicts = Verdict::ALL.into_iter().map(|verdict| {
+                let tally = counters.of(verdict);
+                let on_wire = OnWire { packets: tally.packets, bytes: tally.bytes };
+                (verdict.as_str().to_owned(), on_wire)
+            });
+            summary.interfaces.push(Interface {
+                name: name.to_owned(),
+                attach,
+                skbs: counters.skbs(),
+                not_vxlan: counters.not_vxlan,
+                verdicts: verdicts.collect(),
+                fixed: counters.zeroed + counters.restored,
+            });
+        }
+        summary
     }
-    map.end()
+
+    /// A table with rates, from two summaries that lie `apart`.
+    pub fn table<'a>(&'a self, earlier: &'a Self, apart: Duration) -> impl Display + 'a {
+        Table { summary: self, earlier: Some((earlier, apart)) }
+    }
 }
 
 /// A table for people.
 impl Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for interface in &self.interfaces {
+        Table { summary: self, earlier: None }.fmt(f)
+    }
+}
+
+struct Table<'a> {
+    summary: &'a Summary,
+    earlier: Option<(&'a Summary, Duration)>,
+}
+
+impl Table<'_> {
+    /// Packets a second, where there is an earlier summary.
+    fn rate(&self, interface: &Interface, verdict: &str) -> Option<f64> {
+        let (earlier, apart) = self.earlier?;
+        let before = earlier
+            .interfaces
+            .iter()
+            .find(|other| other.name == interface.name)
+            .and_then(|other| other.verdicts.get(verdict))
+            .map_or(0, |on_wire| on_wire.packets);
+        let now = interface.verdicts.get(verdict).map_or(0, |on_wire| on_wire.packets);
+        #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+        let packets = now.saturating_sub(before) as f64;
+        Some(packets / apart.as_secs_f64())
+    }
+}
+
+impl Display for Table<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Summary { fix, events, interfaces } = self.summary;
+        if interfaces.is_empty() {
+            writeln!(f, "no interface is watched")?;
+        }
+        for interface in interfaces {
             writeln!(
                 f,
                 "{} ({}): {} skbs, {} of them not VXLAN",
@@ -103,25 +127,71 @@ impl Display for Summary {
                 interface.skbs,
                 interface.not_vxlan
             )?;
+            // In the order of the codes, not of the names.
             for verdict in Verdict::ALL {
-                let tally = interface.verdicts.of(verdict);
-                if tally.skbs == 0 {
+                let name = verdict.as_str();
+                let on_wire = interface.verdicts.get(name).copied().unwrap_or_default();
+                if on_wire.packets == 0 {
                     continue;
                 }
-                let note = if verdict.is_broken() { "  broken" } else { "" };
-                writeln!(
+                write!(
                     f,
-                    "  {:<16} {:>10} packets {:>14} bytes{note}",
-                    verdict.as_str(),
-                    tally.packets,
-                    tally.bytes
+                    "  {name:<16} {:>12} packets {:>16} bytes",
+                    on_wire.packets, on_wire.bytes
                 )?;
+                if let Some(rate) = self.rate(interface, name) {
+                    write!(f, " {rate:>12.1}/s")?;
+                }
+                writeln!(f, "{}", if verdict.is_broken() { "  broken" } else { "" })?;
             }
             if interface.fixed != 0 {
-                writeln!(f, "  fixed            {:>10} packets", interface.fixed)?;
+                writeln!(f, "  {:<16} {:>12} packets", "fixed", interface.fixed)?;
             }
         }
-        let Events { emitted, suppressed, lost } = self.events;
-        write!(f, "events: {emitted} emitted, {suppressed} suppressed, {lost} lost")
+        let Events { emitted, suppressed, lost } = events;
+        write!(
+            f,
+            "fix {}; events: {emitted} emitted, {suppressed} suppressed, {lost} lost",
+            fix.as_str()
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counters(packets: u64) -> Counters {
+        let mut counters = Counters { not_vxlan: 2, zeroed: 1, ..Counters::default() };
+        let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
+        (tally.skbs, tally.packets, tally.bytes) = (packets, packets, packets * 100);
+        counters
+    }
+
+    #[test]
+    fn json_is_as_documented() {
+        let summary = Summary::new(FixMode::Zero, [("eth0", Method::Tcx, counters(3))]);
+        let json = serde_json::to_value(&summary).unwrap();
+        assert_eq!(json["fix"], "zero");
+        assert_eq!(json["events"]["emitted"], 3);
+        let interface = &json["interfaces"][0];
+        assert_eq!(interface["name"], "eth0");
+        assert_eq!(interface["attach"], "tcx");
+        assert_eq!((&interface["skbs"], &interface["not_vxlan"]), (&5.into(), &2.into()));
+        assert_eq!(interface["verdicts"]["stale_nat"]["bytes"], 300);
+        assert_eq!(interface["verdicts"].as_object().unwrap().len(), Verdict::ALL.len());
+        assert_eq!(interface["fixed"], 1);
+        let back: Summary = serde_json::from_value(json.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&back).unwrap(), json);
+    }
+
+    #[test]
+    fn the_table_shows_rates_and_what_is_broken() {
+        let earlier = Summary::new(FixMode::Off, [("eth0", Method::Tcx, counters(3))]);
+        let now = Summary::new(FixMode::Off, [("eth0", Method::Tcx, counters(5))]);
+        let table = now.table(&earlier, Duration::from_secs(2)).to_string();
+        let row = table.lines().find(|line| line.contains("stale_nat")).unwrap();
+        assert!(row.contains("1.0/s") && row.ends_with("broken"), "{table}");
+        assert!(table.ends_with("fix off; events: 5 emitted, 0 suppressed, 0 lost"), "{table}");
     }
 }
