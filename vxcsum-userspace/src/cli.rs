@@ -1,12 +1,18 @@
 //! The command line.
 
+use std::net::IpAddr;
+use std::path::PathBuf;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vxcsum_common::Policy;
 use vxcsum_common::layout::{FixMode, MAX_PORTS};
+use vxcsum_common::{Policy, Verdict};
 
 use crate::attach::Method;
 use crate::plan::{UnusablePorts, Wish};
+use crate::protocol::Filter;
 use crate::run::Options;
+use crate::server::{self, DEFAULT_SOCKET};
+use crate::supervisor;
 
 /// Finds the VXLAN packets that this node sends with a broken outer UDP checksum, says why each is
 /// broken, and can put it right in place.
@@ -24,15 +30,106 @@ pub enum Command {
     /// Watch interfaces in the foreground and print an event for every broken packet
     #[command(after_help = RUN_HELP)]
     Run(RunArgs),
+    /// Print live events of the running daemon
+    Tail(TailArgs),
+    /// Show counters and attachment of the running daemon
+    Status(StatusArgs),
+    /// Switch the fix mode of the running daemon (root only)
+    Fix(FixArgs),
+}
+
+/// Where the daemon is.
+#[derive(Args, Debug)]
+pub struct SocketArg {
+    /// Socket of the daemon
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    pub socket: PathBuf,
+}
+
+/// Options of `vxcsum tail`.
+#[derive(Args, Debug)]
+pub struct TailArgs {
+    /// Where the daemon is.
+    #[command(flatten)]
+    pub socket: SocketArg,
+
+    /// Print JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+
+    /// Only events with this verdict: mangled_zero, stale_nat or bad
+    #[arg(long, value_name = "VERDICT", num_args = 1.., value_parser = broken_verdict)]
+    verdict: Vec<String>,
+
+    /// Only events of this VXLAN network identifier
+    #[arg(long, value_name = "VNI", num_args = 1..)]
+    vni: Vec<u32>,
+
+    /// Only events of packets to this node, by its outer address
+    #[arg(long, value_name = "ADDRESS", num_args = 1..)]
+    peer: Vec<IpAddr>,
+
+    /// End after this many events
+    #[arg(long, value_name = "N")]
+    pub limit: Option<u64>,
+}
+
+impl TailArgs {
+    /// Which events to print.
+    pub fn filter(&self) -> Filter {
+        Filter { verdict: self.verdict.clone(), vni: self.vni.clone(), peer: self.peer.clone() }
+    }
+}
+
+/// Only these have events.
+fn broken_verdict(text: &str) -> Result<String, String> {
+    let broken = Verdict::ALL.into_iter().filter(|verdict| verdict.is_broken());
+    let names: Vec<_> = broken.map(Verdict::as_str).collect();
+    if names.contains(&text) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("events are of {}", names.join(", ")))
+}
+
+/// Options of `vxcsum status`.
+#[derive(Args, Debug)]
+pub struct StatusArgs {
+    /// Where the daemon is.
+    #[command(flatten)]
+    pub socket: SocketArg,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `vxcsum fix`.
+#[derive(Args, Debug)]
+pub struct FixArgs {
+    /// Where the daemon is.
+    #[command(flatten)]
+    pub socket: SocketArg,
+
+    /// What to write into broken packets from now on
+    #[arg(value_enum)]
+    mode: FixArg,
+}
+
+impl FixArgs {
+    /// The mode to switch to.
+    pub const fn mode(&self) -> FixMode {
+        self.mode.mode()
+    }
 }
 
 const RUN_HELP: &str = "\
 Examples:
-  vxcsum run --interface eth0                    watch only: nothing is ever written
+  vxcsum run                                     watch the underlays of all VXLAN devices
+  vxcsum run --interface eth0                    watch this one only
   vxcsum run --interface eth0 --json | jq .      one JSON object a line, the summary last
   vxcsum run --interface eth0 --fix restore      put broken checksums right in place
 
-The interface is the underlay NIC, the one that tunnel packets leave through (eth0, bond0), not
+Nothing is ever written unless --fix asks for it. An interface is the underlay NIC, the one that tunnel packets leave through (eth0, bond0), not
 the VXLAN device. Needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.
 
 Exit codes: 0 ended by a signal or a closed pipe, 2 wrong usage or cannot run.";
@@ -40,8 +137,8 @@ Exit codes: 0 ended by a signal or a closed pipe, 2 wrong usage or cannot run.";
 /// Options of `vxcsum run`.
 #[derive(Args, Debug)]
 pub struct RunArgs {
-    /// Underlay interface to watch; may be given several times
-    #[arg(long, value_name = "IF", required = true, num_args = 1..)]
+    /// Underlay interfaces to watch, instead of those that the VXLAN devices leave by
+    #[arg(long, value_name = "IF", num_args = 1..)]
     interface: Vec<String>,
 
     /// UDP destination port of VXLAN, at most 16 of them
@@ -85,6 +182,18 @@ pub struct RunArgs {
     #[arg(long, value_name = "KIB", default_value_t = 1024, value_parser = ring_kib)]
     ring_kib: u32,
 
+    /// Where tail, status and fix connect; /run/vxcsum/vxcsum.sock unless given
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+
+    /// Group that may use tail and status
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<String>,
+
+    /// Print no events, for a service; clients get them all the same
+    #[arg(long)]
+    quiet: bool,
+
     /// Print the debug log of the BPF program to standard error
     #[arg(long)]
     bpf_log: bool,
@@ -102,6 +211,16 @@ enum FixArg {
     Off,
     Zero,
     Restore,
+}
+
+impl FixArg {
+    const fn mode(self) -> FixMode {
+        match self {
+            Self::Off => FixMode::Off,
+            Self::Zero => FixMode::Zero,
+            Self::Restore => FixMode::Restore,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -126,7 +245,7 @@ impl RunArgs {
         if ports.len() > MAX_PORTS {
             return Err(UnusablePorts);
         }
-        Ok(Options {
+        let watch = supervisor::Options {
             interfaces: unique(self.interface),
             wish: Wish {
                 ports,
@@ -135,11 +254,7 @@ impl RunArgs {
                     PolicyArg::Zero => Some(Policy::Zero),
                     PolicyArg::Sum => Some(Policy::Sum),
                 },
-                fix: match self.fix {
-                    FixArg::Off => FixMode::Off,
-                    FixArg::Zero => FixMode::Zero,
-                    FixArg::Restore => FixMode::Restore,
-                },
+                fix: self.fix.mode(),
                 fix_unproven: self.fix_unproven,
                 events_per_second: self.events_per_second,
             },
@@ -149,8 +264,13 @@ impl RunArgs {
                 AttachArg::Clsact => Some(Method::Clsact),
             },
             ring_len: self.ring_kib * 1024,
-            json: self.json,
             bpf_log: self.bpf_log,
+        };
+        Ok(Options {
+            watch,
+            socket: server::Options { path: self.socket, group: self.socket_group },
+            json: self.json,
+            quiet: self.quiet,
         })
     }
 }

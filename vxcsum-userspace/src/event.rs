@@ -59,7 +59,8 @@ pub struct Event {
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct OuterView {
     src: IpAddr,
-    dst: IpAddr,
+    /// The node that it goes to.
+    pub dst: IpAddr,
     sport: u16,
     dport: u16,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,12 +1,17 @@
 //! The parts of the `vxcsum` command, for its binary and for the workspace's tests.
 
 pub mod attach;
+pub mod changes;
 pub mod cli;
+pub mod client;
 pub mod event;
 pub mod links;
 pub mod names;
 pub mod plan;
 pub mod program;
+pub mod protocol;
 pub mod run;
+pub mod server;
 pub mod skb_layout;
 pub mod summary;
+pub mod supervisor;

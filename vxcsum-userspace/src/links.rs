@@ -1,14 +1,18 @@
 //! The network interfaces of this network namespace, by rtnetlink.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::pin::pin;
 
 use futures_util::TryStreamExt as _;
+use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::AddressAttribute;
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage,
 };
-use rtnetlink::Handle;
+use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute};
+use netlink_packet_route::route::{RouteAttribute, RouteMessage};
+use rtnetlink::{Handle, RouteMessageBuilder};
 use thiserror::Error;
 use vxcsum_common::Policy;
 
@@ -37,10 +41,24 @@ pub struct Link {
     pub below: Option<u32>,
     /// The bond or bridge that it is a port of.
     pub controller: Option<u32>,
+    /// What happens to packets behind it.
+    pub kind: Kind,
     /// What is set on a VXLAN device.
     pub vxlan: Option<Vxlan>,
     /// Addresses.
     pub addresses: Vec<IpAddr>,
+}
+
+/// Whether packets leave the node through an interface, or go on through another one as they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// They leave, or are changed so that they are no tunnel packets any more.
+    #[default]
+    Final,
+    /// They go on through the interface below (VLAN, macvlan, ipvlan).
+    Stacked,
+    /// They go on through one of its ports (bond, team).
+    Aggregate,
 }
 
 /// The attributes of a VXLAN device that decide about its outer header.
@@ -60,6 +78,10 @@ pub struct Vxlan {
     pub policy_ipv6: Policy,
     /// VNI and addresses are decided per packet.
     pub is_external: bool,
+    /// Where it sends what has no entry of its own, if that is one node.
+    pub remote: Option<IpAddr>,
+    /// The interfaces that routes to its remotes lead to, where it is not set to one.
+    pub routed_by: BTreeSet<u32>,
 }
 
 impl Links {
@@ -102,7 +124,64 @@ impl Links {
             });
             link.addresses.extend(local.or(address));
         }
-        Ok(Self(links))
+        let mut links = Self(links);
+        links.follow_routes(handle).await?;
+        Ok(links)
+    }
+
+    /// Finds the underlay of those VXLAN devices that are not set to one: where the routes to their
+    /// remotes lead, or without any remote the default routes.
+    async fn follow_routes(&mut self, handle: &Handle) -> Result<(), LinksError> {
+        /// Nodes of a cluster are many, underlays are few.
+        const MAX_LOOKUPS: usize = 64;
+
+        let unset = |link: &Link| link.vxlan.is_some() && link.below.is_none();
+        if !self.0.values().any(unset) {
+            return Ok(());
+        }
+        let forwarding = forwarding_entries(handle).await?;
+        let defaults = default_route_interfaces(handle).await?;
+        for link in self.0.values_mut().filter(|link| unset(link)) {
+            let Some(vxlan) = &mut link.vxlan else { continue };
+            let entries = forwarding.get(&link.index).into_iter().flatten().copied();
+            let remotes: BTreeSet<IpAddr> = entries.chain(vxlan.remote).collect();
+            for remote in remotes.into_iter().take(MAX_LOOKUPS) {
+                vxlan.routed_by.extend(route_interface(handle, remote).await);
+            }
+            if vxlan.routed_by.is_empty() {
+                vxlan.routed_by.clone_from(&defaults);
+            }
+        }
+        Ok(())
+    }
+
+    /// The interfaces where packets of VXLAN devices can be watched: each is the last that they
+    /// pass on this node, so each packet passes one of them, once.
+    pub fn underlays(&self) -> BTreeSet<u32> {
+        let mut found = BTreeSet::new();
+        for link in self.0.values() {
+            let Some(vxlan) = &link.vxlan else { continue };
+            for &index in link.below.iter().chain(&vxlan.routed_by) {
+                self.add_last(index, &mut found, 0);
+            }
+        }
+        found
+    }
+
+    /// Adds the last interfaces that packets pass which leave by `index`.
+    fn add_last(&self, index: u32, found: &mut BTreeSet<u32>, depth: usize) {
+        /// The kernel stacks no deeper (`MAX_NEST_DEV` in include/linux/netdevice.h).
+        const MAX_DEPTH: usize = 8;
+        let Some(link) = self.0.get(&index) else { return };
+        let ports = self.0.values().filter(|port| port.controller == Some(index));
+        match (link.kind, link.below) {
+            _ if depth == MAX_DEPTH => {}
+            (Kind::Stacked, Some(below)) => self.add_last(below, found, depth + 1),
+            (Kind::Aggregate, _) => {
+                ports.for_each(|port| self.add_last(port.index, found, depth + 1));
+            }
+            _ => _ = found.insert(index),
+        }
     }
 
     /// The interface of that name.
@@ -121,13 +200,16 @@ impl Links {
     }
 
     /// The VXLAN devices whose packets leave through the interface `index`: those set to it, or to
-    /// a VLAN, bond or bridge above it, and those without an underlay of their own, which routes
-    /// may lead there.
+    /// a VLAN, bond or bridge above it, and those without an underlay of their own, where routes may
+    /// lead there.
     pub fn vxlan_over(&self, index: u32) -> impl Iterator<Item = (&Link, &Vxlan)> {
         let above = self.above(index);
         self.0.values().filter_map(move |link| {
             let vxlan = link.vxlan.as_ref()?;
-            let is_over = link.below.is_none_or(|below| above.contains(&below));
+            let is_over = match link.below {
+                Some(below) => above.contains(&below),
+                None => vxlan.routed_by.is_empty() || !vxlan.routed_by.is_disjoint(&above),
+            };
             is_over.then_some((link, vxlan))
         })
     }
@@ -196,8 +278,12 @@ impl Link {
                     self.vxlan = Some(vxlan);
                     self.below = below;
                 }
-                // Their IFLA_LINK is a peer, not an interface below.
+                // Its IFLA_LINK is a peer, not an interface below.
                 LinkInfo::Kind(InfoKind::Veth) => self.below = None,
+                LinkInfo::Kind(
+                    InfoKind::Vlan | InfoKind::MacVlan | InfoKind::MacVtap | InfoKind::IpVlan,
+                ) => self.kind = Kind::Stacked,
+                LinkInfo::Kind(InfoKind::Bond | InfoKind::Team) => self.kind = Kind::Aggregate,
                 _ => {}
             }
         }
@@ -220,6 +306,12 @@ impl Vxlan {
                 InfoVxlan::Local6(local) if !local.is_unspecified() => {
                     vxlan.local = Some((*local).into());
                 }
+                InfoVxlan::Group(group) if !group.is_multicast() && !group.is_unspecified() => {
+                    vxlan.remote = Some((*group).into());
+                }
+                InfoVxlan::Group6(group) if !group.is_multicast() && !group.is_unspecified() => {
+                    vxlan.remote = Some((*group).into());
+                }
                 InfoVxlan::PortRange(range) => vxlan.source_ports = *range,
                 InfoVxlan::UDPCsum(sums) => vxlan.policy_ipv4 = policy(*sums),
                 InfoVxlan::UDPZeroCsumTX(zero) => vxlan.policy_ipv6 = policy(!*zero),
@@ -235,6 +327,84 @@ impl Vxlan {
         }
         (vxlan, below)
     }
+}
+
+/// The remotes that forwarding entries (`bridge fdb`) name, by interface.
+async fn forwarding_entries(
+    handle: &Handle,
+) -> Result<BTreeMap<u32, BTreeSet<IpAddr>>, LinksError> {
+    let mut entries = BTreeMap::<u32, BTreeSet<IpAddr>>::new();
+    let request = handle.neighbours().get().set_address_family(AddressFamily::Bridge);
+    let mut answers = pin!(request.execute());
+    while let Some(message) = answers
+        .try_next()
+        .await
+        .map_err(|error| LinksError { what: "its forwarding entries", source: error.into() })?
+    {
+        let remote = message.attributes.iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::Destination(destination) => ip_address(destination),
+            _ => None,
+        });
+        let remote = remote.filter(|ip| !ip.is_unspecified() && !ip.is_multicast());
+        entries.entry(message.header.ifindex).or_default().extend(remote);
+    }
+    Ok(entries)
+}
+
+/// The family of a forwarding entry is not that of its address.
+fn ip_address(address: &NeighbourAddress) -> Option<IpAddr> {
+    match address {
+        NeighbourAddress::Inet(address) => Some((*address).into()),
+        NeighbourAddress::Inet6(address) => Some((*address).into()),
+        NeighbourAddress::Other(bytes) => match bytes.len() {
+            4 => <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from),
+            16 => <[u8; 16]>::try_from(bytes.as_slice()).ok().map(IpAddr::from),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// The interfaces of all default routes.
+async fn default_route_interfaces(handle: &Handle) -> Result<BTreeSet<u32>, LinksError> {
+    let mut interfaces = BTreeSet::new();
+    for request in [
+        handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()),
+        handle.route().get(RouteMessageBuilder::<Ipv6Addr>::new().build()),
+    ] {
+        let mut answers = pin!(request.execute());
+        while let Some(route) = answers
+            .try_next()
+            .await
+            .map_err(|error| LinksError { what: "its routes", source: error.into() })?
+        {
+            if route.header.destination_prefix_length == 0 {
+                interfaces.extend(output_interface(&route));
+            }
+        }
+    }
+    Ok(interfaces)
+}
+
+/// The interface that packets to `remote` leave by; none where it cannot be reached.
+async fn route_interface(handle: &Handle, remote: IpAddr) -> Option<u32> {
+    let request = match remote {
+        IpAddr::V4(remote) => {
+            RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(remote, 32).build()
+        }
+        IpAddr::V6(remote) => {
+            RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(remote, 128).build()
+        }
+    };
+    let answer = pin!(handle.route().get(request).execute()).try_next().await;
+    output_interface(&answer.ok()??)
+}
+
+fn output_interface(route: &RouteMessage) -> Option<u32> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    })
 }
 
 const fn policy(sums: bool) -> Policy {
@@ -260,8 +430,8 @@ mod tests {
             [
                 link(2, None, Some(4)),
                 link(3, None, Some(4)),
-                link(4, None, None),
-                link(5, Some(4), None),
+                Link { kind: Kind::Aggregate, ..link(4, None, None) },
+                Link { kind: Kind::Stacked, ..link(5, Some(4), None) },
                 vxlan(6, Some(5)),
                 vxlan(7, Some(8)),
                 link(8, None, None),
@@ -275,6 +445,8 @@ mod tests {
         assert_eq!(over(2), [6, 9]);
         assert_eq!(over(5), [6, 9]);
         assert_eq!(over(8), [7, 9]);
+        // Watched where packets are final, and once: at the ports of the bond under the VLAN.
+        assert_eq!(links.underlays().into_iter().collect::<Vec<_>>(), [2, 3, 8]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use vxcsum::cli::{Cli, Command};
-use vxcsum::run;
+use vxcsum::{client, run};
 
 /// Wrong usage, or it cannot run.
 const CANNOT_RUN: u8 = 2;
@@ -30,5 +30,10 @@ fn execute(cli: Cli) -> Result<()> {
                 .context("cannot start the event loop")?
                 .block_on(run::run(options))
         }
+        Command::Tail(args) => {
+            client::tail(&args.socket.socket, args.filter(), args.limit, args.json)
+        }
+        Command::Status(args) => client::status(&args.socket.socket, args.json),
+        Command::Fix(args) => client::fix(&args.socket.socket, args.mode()),
     }
 }

@@ -35,3 +35,27 @@ by_name!(verdict, vxcsum_common::Verdict);
 by_name!(action, vxcsum_common::layout::Action);
 by_name!(fix_mode, vxcsum_common::layout::FixMode);
 by_name!(method, crate::attach::Method);
+
+/// [`crate::attach::Method`] by its name, or null.
+pub mod optional_method {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use crate::attach::Method;
+
+    #[derive(Deserialize, Serialize)]
+    struct Named(#[serde(with = "super::method")] Method);
+
+    #[expect(clippy::ref_option, reason = "the signature is serde's")]
+    pub(crate) fn serialize<S: Serializer>(
+        value: &Option<Method>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        value.map(Named).serialize(serializer)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Method>, D::Error> {
+        Ok(Option::<Named>::deserialize(deserializer)?.map(|Named(method)| method))
+    }
+}

@@ -36,19 +36,19 @@ impl Wish {
 }
 
 /// What follows for one interface.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     ports: BTreeMap<u16, PortPlan>,
     devices: BTreeMap<(u16, u32), Device>,
     config: Config,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 struct PortPlan {
     senders: Vec<Sender>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 struct Sender {
     name: String,
     vni: u32,
@@ -118,6 +118,14 @@ impl Plan {
             event_cost_ns: wish.event_cost_ns(),
         };
         Ok(Self { ports, devices, config })
+    }
+
+    /// The same with another fix mode.
+    #[must_use]
+    pub fn with_fix(&self, fix: FixMode) -> Self {
+        let mut plan = self.clone();
+        plan.config.fix = fix as u8;
+        plan
     }
 
     /// For the program.

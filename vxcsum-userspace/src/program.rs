@@ -129,6 +129,11 @@ impl Program {
             .map_err(|source| LoadError::Map { name: "DEVICES", source })
     }
 
+    /// Forgets a VXLAN device that is gone.
+    pub fn remove_device(&mut self, key: DeviceKey) -> Result<(), LoadError> {
+        self.devices.remove(&Wire(key)).map_err(|source| LoadError::Map { name: "DEVICES", source })
+    }
+
     /// What it works by now, with what it has learned.
     pub fn config(&self) -> Result<Config, LoadError> {
         match self.config.get(&0, 0) {

@@ -33,8 +33,9 @@ struct Events {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Interface {
     name: String,
-    #[serde(with = "names::method")]
-    attach: Method,
+    /// Null while the interface is gone.
+    #[serde(with = "names::optional_method")]
+    attach: Option<Method>,
     skbs: u64,
     not_vxlan: u64,
     /// By the name of the verdict.
@@ -51,9 +52,9 @@ struct OnWire {
 
 impl Summary {
     /// Of all interfaces, by what their programs have counted.
-    pub fn new<'a>(
+    pub fn new(
         fix: FixMode,
-        interfaces: impl IntoIterator<Item = (&'a str, Method, Counters)>,
+        interfaces: impl IntoIterator<Item = (String, Option<Method>, Counters)>,
     ) -> Self {
         let mut summary = Self { fix, events: Events::default(), interfaces: Vec::new() };
         for (name, attach, counters) in interfaces {
@@ -66,7 +67,7 @@ impl Summary {
                 (verdict.as_str().to_owned(), on_wire)
             });
             summary.interfaces.push(Interface {
-                name: name.to_owned(),
+                name,
                 attach,
                 skbs: counters.skbs(),
                 not_vxlan: counters.not_vxlan,
@@ -123,7 +124,7 @@ impl Display for Table<'_> {
                 f,
                 "{} ({}): {} skbs, {} of them not VXLAN",
                 interface.name,
-                interface.attach.as_str(),
+                interface.attach.map_or("gone", Method::as_str),
                 interface.skbs,
                 interface.not_vxlan
             )?;
@@ -170,7 +171,8 @@ mod tests {
 
     #[test]
     fn json_is_as_documented() {
-        let summary = Summary::new(FixMode::Zero, [("eth0", Method::Tcx, counters(3))]);
+        let summary =
+            Summary::new(FixMode::Zero, [("eth0".to_owned(), Some(Method::Tcx), counters(3))]);
         let json = serde_json::to_value(&summary).unwrap();
         assert_eq!(json["fix"], "zero");
         assert_eq!(json["events"]["emitted"], 3);
@@ -187,8 +189,9 @@ mod tests {
 
     #[test]
     fn the_table_shows_rates_and_what_is_broken() {
-        let earlier = Summary::new(FixMode::Off, [("eth0", Method::Tcx, counters(3))]);
-        let now = Summary::new(FixMode::Off, [("eth0", Method::Tcx, counters(5))]);
+        let earlier =
+            Summary::new(FixMode::Off, [("eth0".to_owned(), Some(Method::Tcx), counters(3))]);
+        let now = Summary::new(FixMode::Off, [("eth0".to_owned(), Some(Method::Tcx), counters(5))]);
         let table = now.table(&earlier, Duration::from_secs(2)).to_string();
         let row = table.lines().find(|line| line.contains("stale_nat")).unwrap();
         assert!(row.contains("1.0/s") && row.ends_with("broken"), "{table}");

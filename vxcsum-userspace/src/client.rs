@@ -1,0 +1,128 @@
+//! `vxcsum tail`, `status` and `fix`: what talks to the daemon.
+
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use serde::Deserialize;
+use vxcsum_common::layout::FixMode;
+
+use crate::event::Event;
+use crate::protocol::{Command, Filter, Notice};
+use crate::run::write_json;
+use crate::summary::Summary;
+
+/// Between the two looks that a rate is made of.
+const RATE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A connection to the daemon.
+struct Daemon {
+    lines: io::Lines<BufReader<UnixStream>>,
+}
+
+/// A line of the daemon.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Said {
+    Notice(Notice),
+    Event(Box<Event>),
+    Summary(Box<Summary>),
+}
+
+impl Daemon {
+    fn ask(socket: &Path, command: &Command) -> Result<Self> {
+        let stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => anyhow::anyhow!(
+                "no vxcsum is running at {}: start one with `vxcsum run`, or name its socket with \
+                 --socket",
+                socket.display()
+            ),
+            io::ErrorKind::PermissionDenied => anyhow::anyhow!(
+                "not permitted to use {}: run as root, or as a member of the daemon's \
+                 --socket-group",
+                socket.display()
+            ),
+            _ => anyhow::anyhow!("cannot connect to {}: {error}", socket.display()),
+        })?;
+        let mut line = serde_json::to_vec(command)?;
+        line.push(b'\n');
+        (&stream).write_all(&line).context("cannot ask the daemon")?;
+        Ok(Self { lines: BufReader::new(stream).lines() })
+    }
+
+    /// The next line; none when the daemon has ended.
+    fn next(&mut self) -> Result<Option<(String, Said)>> {
+        let Some(line) = self.lines.next() else { return Ok(None) };
+        let line = line.context("cannot read from the daemon")?;
+        let said = serde_json::from_str(&line)
+            .with_context(|| format!("the daemon speaks another version's language: {line}"))?;
+        match said {
+            Said::Notice(Notice::Error(error)) => bail!("{error}"),
+            said => Ok(Some((line, said))),
+        }
+    }
+}
+
+/// Prints live events, at most `limit` of them.
+pub fn tail(socket: &Path, filter: Filter, limit: Option<u64>, json: bool) -> Result<()> {
+    let mut daemon = Daemon::ask(socket, &Command::Tail(filter))?;
+    let mut out = io::stdout().lock();
+    let mut left = limit.unwrap_or(u64::MAX);
+    while left > 0 {
+        let Some((line, said)) = daemon.next()? else { break };
+        let written = match said {
+            Said::Event(_) if json => writeln!(out, "{line}"),
+            Said::Event(event) => writeln!(out, "{event}"),
+            Said::Notice(Notice::Missed(count)) => {
+                eprintln!("vxcsum: too slow, {count} events were missed");
+                continue;
+            }
+            _ => continue,
+        };
+        match written.and_then(|()| out.flush()) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
+            other => other.context("cannot write to standard output")?,
+        }
+        left -= 1;
+    }
+    Ok(())
+}
+
+/// Prints counters and attachment.
+pub fn status(socket: &Path, json: bool) -> Result<()> {
+    let first = summary(socket)?;
+    let mut out = io::stdout().lock();
+    let written = if json {
+        write_json(&mut out, &first)
+    } else {
+        let start = Instant::now();
+        sleep(RATE_INTERVAL);
+        let second = summary(socket)?;
+        writeln!(out, "{}", second.table(&first, start.elapsed()))
+    };
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("cannot write to standard output"),
+    }
+}
+
+fn summary(socket: &Path) -> Result<Summary> {
+    match Daemon::ask(socket, &Command::Status {})?.next()? {
+        Some((_, Said::Summary(summary))) => Ok(*summary),
+        _ => bail!("the daemon did not answer"),
+    }
+}
+
+/// Switches the fix mode.
+pub fn fix(socket: &Path, mode: FixMode) -> Result<()> {
+    match Daemon::ask(socket, &Command::Fix { mode })?.next()? {
+        Some((_, Said::Notice(Notice::Fix(mode)))) => {
+            println!("fix {}", mode.as_str());
+            Ok(())
+        }
+        _ => bail!("the daemon did not answer"),
+    }
+}

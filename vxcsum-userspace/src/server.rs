@@ -1,0 +1,244 @@
+//! The Unix socket of the daemon.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use futures_util::{SinkExt as _, StreamExt as _};
+use nix::unistd::{Group, chown};
+use serde::Serialize;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
+use tokio::time::{sleep, timeout};
+use tokio_util::codec::{Framed, LinesCodec};
+use vxcsum_common::layout::FixMode;
+
+use crate::event::Event;
+use crate::protocol::{Command, Filter, MAX_LINE_LEN, Notice};
+use crate::summary::Summary;
+
+/// Where the daemon listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/vxcsum/vxcsum.sock";
+
+/// Clients at the same time; one more is told so and turned away.
+pub const MAX_CLIENTS: usize = 1024;
+/// For a client to say what it wants, and to take what it asked for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Where to listen, and who may connect.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The path; [`DEFAULT_SOCKET`] where it is left open.
+    pub path: Option<PathBuf>,
+    /// A group that may read along.
+    pub group: Option<String>,
+}
+
+/// What only the daemon's own loop can do.
+#[derive(Debug)]
+pub enum Request {
+    /// Sum up.
+    Status(oneshot::Sender<Result<Summary>>),
+    /// Switch the fix mode.
+    Fix(FixMode, oneshot::Sender<Result<()>>),
+}
+
+/// A socket that is listened on; its file goes with it.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Somebody may have removed it already.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Server {
+    /// Starts to listen. Where only the default path cannot be used, says so and goes without.
+    pub fn bind(options: &Options) -> Result<Option<Self>> {
+        let path = options.path.as_deref().unwrap_or(Path::new(DEFAULT_SOCKET));
+        let bound = Self::bind_to(path, options.group.as_deref())
+            .with_context(|| format!("cannot listen on {}", path.display()));
+        match bound {
+            Ok(server) => Ok(Some(server)),
+            Err(error) if options.path.is_none() && options.group.is_none() => {
+                eprintln!("vxcsum: {error:#}; going on without tail, status and fix");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn bind_to(path: &Path, group: Option<&str>) -> Result<Self> {
+        let group = match group {
+            Some(name) => Some(
+                Group::from_name(name)?.with_context(|| format!("there is no group {name:?}"))?.gid,
+            ),
+            None => None,
+        };
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        remove_stale(path)?;
+        let listener = UnixListener::bind(path)?;
+        let server = Self { listener, path: path.to_owned() };
+        let mode = if group.is_some() { 0o660 } else { 0o600 };
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+        if group.is_some() {
+            chown(path, None, group)?;
+        }
+        Ok(server)
+    }
+
+    /// Serves clients, each in a task of its own, so that none waits for another.
+    pub async fn serve(
+        self,
+        requests: mpsc::Sender<Request>,
+        events: broadcast::Sender<Arc<Event>>,
+    ) {
+        let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+        loop {
+            let stream = match self.listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of file descriptors, most likely: some may be free again soon.
+                    eprintln!("vxcsum: cannot accept a client: {error}");
+                    sleep(Duration::from_secs(1)).await;
+                    continue;
+                }
+            };
+            let client = Client {
+                is_root: stream.peer_cred().is_ok_and(|peer| peer.uid() == 0),
+                lines: Framed::new(stream, LinesCodec::new_with_max_length(MAX_LINE_LEN)),
+                requests: requests.clone(),
+            };
+            match places.clone().try_acquire_owned() {
+                Ok(place) => {
+                    let events = events.clone();
+                    tokio::spawn(async move {
+                        client.serve(events).await;
+                        drop(place);
+                    });
+                }
+                Err(_) => _ = tokio::spawn(client.turn_away()),
+            }
+        }
+    }
+}
+
+/// A daemon that was killed leaves its socket's file behind.
+fn remove_stale(path: &Path) -> Result<()> {
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(_) => bail!("another vxcsum listens there: name another path with --socket"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            // A regular file refuses as well; only a socket is ours to remove.
+            let kind = std::fs::symlink_metadata(path)?.file_type();
+            if !std::os::unix::fs::FileTypeExt::is_socket(&kind) {
+                bail!("there is a file that is no socket");
+            }
+            Ok(std::fs::remove_file(path)?)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A client that is served.
+struct Client {
+    is_root: bool,
+    lines: Framed<UnixStream, LinesCodec>,
+    requests: mpsc::Sender<Request>,
+}
+
+/// The client is gone, or takes nothing any more.
+struct Gone;
+
+impl Client {
+    async fn serve(mut self, events: broadcast::Sender<Arc<Event>>) {
+        // Subscribed first: what happens from now on is what the client sees.
+        let events = events.subscribe();
+        let command = match timeout(PATIENCE, self.lines.next()).await {
+            Ok(Some(Ok(line))) => serde_json::from_str(&line)
+                .map_err(|error| format!("not a command that vxcsum knows: {error}")),
+            Ok(Some(Err(error))) => Err(format!("not a line: {error}")),
+            Ok(None) => return,
+            Err(_) => Err("no command came".to_owned()),
+        };
+        // A client that is gone needs no answer.
+        let _ = match command {
+            Ok(Command::Tail(filter)) => self.tail(&filter, events).await,
+            Ok(Command::Status {}) => self.status().await,
+            Ok(Command::Fix { mode }) => self.fix(mode).await,
+            Err(error) => self.say(&Notice::Error(error)).await,
+        };
+    }
+
+    async fn turn_away(mut self) {
+        let error = format!("there are {MAX_CLIENTS} clients already");
+        let _ = self.say(&Notice::Error(error)).await;
+    }
+
+    async fn say(&mut self, value: &impl Serialize) -> Result<(), Gone> {
+        let line = serde_json::to_string(value).map_err(|_| Gone)?;
+        match timeout(PATIENCE, self.lines.send(line)).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(Gone),
+        }
+    }
+
+    async fn tail(
+        &mut self,
+        filter: &Filter,
+        mut events: broadcast::Receiver<Arc<Event>>,
+    ) -> Result<(), Gone> {
+        loop {
+            tokio::select! {
+                event = events.recv() => match event {
+                    Ok(event) if filter.matches(&event) => self.say(event.as_ref()).await?,
+                    Ok(_) => {}
+                    Err(broadcast::error::RecvError::Lagged(count)) => {
+                        self.say(&Notice::Missed(count)).await?;
+                    }
+                    Err(broadcast::error::RecvError::Closed) => return Ok(()),
+                },
+                // It has nothing more to say: whatever comes is its end.
+                _ = self.lines.next() => return Err(Gone),
+            }
+        }
+    }
+
+    async fn status(&mut self) -> Result<(), Gone> {
+        match self.ask(Request::Status).await {
+            Ok(summary) => self.say(&summary).await,
+            Err(error) => self.say(&Notice::Error(error)).await,
+        }
+    }
+
+    async fn fix(&mut self, mode: FixMode) -> Result<(), Gone> {
+        if !self.is_root {
+            let error = "only root may switch the fix mode".to_owned();
+            return self.say(&Notice::Error(error)).await;
+        }
+        match self.ask(|reply| Request::Fix(mode, reply)).await {
+            Ok(()) => self.say(&Notice::Fix(mode)).await,
+            Err(error) => self.say(&Notice::Error(error)).await,
+        }
+    }
+
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request,
+    ) -> Result<T, String> {
+        let (reply, answer) = oneshot::channel();
+        let ending = || "the daemon is ending".to_owned();
+        self.requests.send(request(reply)).await.map_err(|_| ending())?;
+        answer.await.map_err(|_| ending())?.map_err(|error| format!("{error:#}"))
+    }
+}

@@ -1,0 +1,371 @@
+//! Keeps the right interfaces watched, as devices come, change and go.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail};
+use aya::maps::{MapData, RingBuf};
+use aya_log::EbpfLogger;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use vxcsum_common::layout::{Counters, FixMode, SkbLayout};
+
+use crate::attach::{Attachment, Claim, Method};
+use crate::event::{Event, Source};
+use crate::links::{Link, Links};
+use crate::plan::{Plan, Wish};
+use crate::program::{LoadOptions, Program};
+use crate::summary::Summary;
+
+/// What to watch, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The interfaces to watch; where there are none, the underlays of all VXLAN devices.
+    pub interfaces: Vec<String>,
+    /// What to watch them for.
+    pub wish: Wish,
+    /// How to attach; the best that the kernel has where that is left open.
+    pub method: Option<Method>,
+    /// Size of each ring buffer in bytes.
+    pub ring_len: u32,
+    /// Show the debug log of the BPF program.
+    pub bpf_log: bool,
+}
+
+/// What comes out of a ring buffer.
+#[derive(Clone, Debug)]
+pub enum Record {
+    /// A broken packet.
+    Event(Arc<Event>),
+    /// Not an event of this version, from this interface.
+    Undecodable(String),
+}
+
+/// All watched interfaces.
+pub struct Supervisor {
+    options: Options,
+    skb_layout: Option<SkbLayout>,
+    records: mpsc::Sender<Record>,
+    watched: BTreeMap<u32, Watched>,
+    /// What programs had counted that are gone, by interface.
+    past: BTreeMap<String, Counters>,
+    /// What was said last, so as not to say it again each time.
+    complaints: BTreeSet<String>,
+}
+
+/// A watched interface.
+struct Watched {
+    name: String,
+    program: Program,
+    attachment: Attachment,
+    claim: Claim,
+    source: watch::Sender<Arc<Source>>,
+    stop: watch::Sender<bool>,
+    reader: JoinHandle<()>,
+}
+
+impl Supervisor {
+    /// Watches nothing yet. Events go to `records`, whose reader they wait for.
+    pub fn new(
+        options: Options,
+        skb_layout: Option<SkbLayout>,
+        records: mpsc::Sender<Record>,
+    ) -> Self {
+        Self {
+            options,
+            skb_layout,
+            records,
+            watched: BTreeMap::new(),
+            past: BTreeMap::new(),
+            complaints: BTreeSet::new(),
+        }
+    }
+
+    /// Starts to watch. What cannot be done is an error; later it is said and tried again.
+    pub async fn start(&mut self) -> Result<()> {
+        let links = Links::read().await?;
+        for name in &self.options.interfaces {
+            if links.by_name(name).is_none() {
+                let names = links.names().collect::<Vec<_>>().join(", ");
+                bail!("there is no interface {name:?} in this network namespace; it has {names}");
+            }
+        }
+        let wanted = self.wanted(&links);
+        for &index in &wanted {
+            if let Some(link) = links.by_index(index) {
+                self.watch(link, &links)?;
+            }
+        }
+        if wanted.is_empty() {
+            self.complain("there is no VXLAN device yet: waiting for one".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Brings what is watched in line with the devices that there are now.
+    pub async fn follow(&mut self) {
+        let links = match Links::read().await {
+            Ok(links) => links,
+            Err(error) => return self.complain(error.to_string()),
+        };
+        let wanted = self.wanted(&links);
+        let gone: Vec<u32> =
+            self.watched.keys().copied().filter(|index| !wanted.contains(index)).collect();
+        for index in gone {
+            self.unwatch(index).await;
+        }
+        let mut complaints = BTreeSet::new();
+        for &index in &wanted {
+            let Some(link) = links.by_index(index) else { continue };
+            let outcome = if self.watched.contains_key(&index) {
+                self.update(link, &links)
+            } else {
+                self.watch(link, &links)
+            };
+            if let Err(error) = outcome {
+                complaints.insert(format!("{error:#}"));
+            }
+        }
+        if wanted.is_empty() && self.options.interfaces.is_empty() {
+            complaints.insert("there is no VXLAN device: waiting for one".to_owned());
+        }
+        for complaint in &complaints {
+            self.complain(complaint.clone());
+        }
+        // What does not hold any more may be said again.
+        self.complaints = complaints;
+    }
+
+    /// Says something once.
+    fn complain(&mut self, complaint: String) {
+        if self.complaints.insert(complaint.clone()) {
+            eprintln!("vxcsum: {complaint}");
+        }
+    }
+
+    fn wanted(&self, links: &Links) -> BTreeSet<u32> {
+        if self.options.interfaces.is_empty() {
+            return links.underlays();
+        }
+        let named = self.options.interfaces.iter().filter_map(|name| links.by_name(name));
+        named.map(|link| link.index).collect()
+    }
+
+    fn plan(&self, link: &Link, links: &Links) -> Result<Plan> {
+        Ok(Plan::new(&self.options.wish, link, links, local_port_range())?)
+    }
+
+    /// Loads, configures and attaches the program of one interface.
+    fn watch(&mut self, link: &Link, links: &Links) -> Result<()> {
+        let claim = Claim::new(&link.name, link.index)?;
+        let (mut program, events) = Program::load(&LoadOptions {
+            skb_layout: self.skb_layout,
+            ring_len: self.options.ring_len,
+            debug_log: self.options.bpf_log,
+        })?;
+        let plan = self.plan(link, links)?;
+        for (key, device) in plan.devices() {
+            program.set_device(key, device)?;
+        }
+        program.configure(plan.config())?;
+        // SAFETY: the ring buffer owns its file descriptor and keeps it open and the same as long
+        // as it lives, which is longer than the registration.
+        let events = unsafe { AsyncFd::register(events) }.context("cannot wait for events")?;
+        if self.options.bpf_log {
+            let log = EbpfLogger::init_with_logger(program.ebpf(), StderrLog)
+                .context("cannot read the debug log of the BPF program")?;
+            // SAFETY: as above.
+            let log = unsafe { AsyncFd::register(log) }.context("cannot wait for the debug log")?;
+            tokio::spawn(forward_log(log));
+        }
+        let attachment = Attachment::new(program.classifier()?, &link.name, self.options.method)?;
+        eprintln!("watching {} ({}): {plan}", link.name, attachment.method.as_str());
+        let source = Arc::new(Source { interface: link.name.clone(), plan });
+        let (source, sources) = watch::channel(source);
+        let (stop, stopped) = watch::channel(false);
+        let reader = tokio::spawn(forward(events, sources, self.records.clone(), stopped));
+        let name = link.name.clone();
+        let watched = Watched { name, program, attachment, claim, source, stop, reader };
+        self.watched.insert(link.index, watched);
+        Ok(())
+    }
+
+    /// Follows a change of the devices over a watched interface, or of its name.
+    fn update(&mut self, link: &Link, links: &Links) -> Result<()> {
+        let plan = self.plan(link, links)?;
+        let Some(watched) = self.watched.get_mut(&link.index) else { return Ok(()) };
+        watched.name.clone_from(&link.name);
+        let before = watched.source.borrow().clone();
+        if before.plan == plan && before.interface == link.name {
+            return Ok(());
+        }
+        watched.apply(plan)
+    }
+
+    /// Stops watching an interface that is gone or not an underlay any more.
+    async fn unwatch(&mut self, index: u32) {
+        if let Some(watched) = self.watched.remove(&index) {
+            let name = watched.name.clone();
+            eprintln!("no longer watching {name}");
+            match watched.end().await {
+                Ok((_, counters)) => {
+                    let past = self.past.entry(name).or_default();
+                    *past = past.plus(&counters);
+                }
+                Err(error) => self.complain(format!("{name}: {error:#}")),
+            }
+        }
+    }
+
+    /// Switches the fix mode of all interfaces, from the next packet on.
+    pub fn set_fix(&mut self, fix: FixMode) -> Result<()> {
+        self.options.wish.fix = fix;
+        for watched in self.watched.values_mut() {
+            let plan = watched.source.borrow().plan.with_fix(fix);
+            watched.apply(plan)?;
+        }
+        Ok(())
+    }
+
+    /// What has been counted so far.
+    pub fn summary(&self) -> Result<Summary> {
+        let mut counted = Vec::new();
+        for Watched { name, program, attachment, .. } in self.watched.values() {
+            counted.push((name.clone(), Some(attachment.method), program.counters()?));
+        }
+        Ok(self.sum_up(counted))
+    }
+
+    /// Detaches from all interfaces. First the programs end, then what they have left in the ring
+    /// buffers is read, then the counters: so every event that is counted has been forwarded.
+    pub async fn stop(mut self) -> Result<Summary> {
+        let mut counted = Vec::new();
+        while let Some((_, watched)) = self.watched.pop_first() {
+            let name = watched.name.clone();
+            let (method, counters) = watched.end().await?;
+            counted.push((name, Some(method), counters));
+        }
+        Ok(self.sum_up(counted))
+    }
+
+    fn sum_up(&self, mut counted: Vec<(String, Option<Method>, Counters)>) -> Summary {
+        for (name, past) in &self.past {
+            match counted.iter_mut().find(|(other, ..)| other == name) {
+                Some((_, _, counters)) => *counters = counters.plus(past),
+                None => counted.push((name.clone(), None, *past)),
+            }
+        }
+        Summary::new(self.options.wish.fix, counted)
+    }
+}
+
+impl Watched {
+    /// Works by another plan from the next packet on.
+    fn apply(&mut self, plan: Plan) -> Result<()> {
+        let before = self.source.borrow().clone();
+        let devices: BTreeMap<_, _> = plan.devices().map(|(key, it)| (sortable(key), it)).collect();
+        for (key, device) in plan.devices() {
+            self.program.set_device(key, device)?;
+        }
+        for (key, _) in before.plan.devices() {
+            if !devices.contains_key(&sortable(key)) {
+                self.program.remove_device(key)?;
+            }
+        }
+        self.program.configure(plan.config())?;
+        eprintln!("watching {} ({}): {plan}", self.name, self.attachment.method.as_str());
+        self.source.send_replace(Arc::new(Source { interface: self.name.clone(), plan }));
+        Ok(())
+    }
+
+    async fn end(self) -> Result<(Method, Counters)> {
+        let Self { name, mut program, attachment, claim, source: _source, stop, reader } = self;
+        let method = attachment.method;
+        // It is off already where the interface itself is gone.
+        if let Err(error) = attachment.detach(program.classifier()?) {
+            eprintln!("vxcsum: cannot detach from {name}: {error}");
+        }
+        stop.send_replace(true);
+        reader.await.with_context(|| format!("cannot read the events of {name}"))?;
+        let counters = program.counters()?;
+        drop(claim);
+        Ok((method, counters))
+    }
+}
+
+const fn sortable(key: vxcsum_common::layout::DeviceKey) -> (u32, u32) {
+    (key.port, key.vni)
+}
+
+/// Takes events from a ring buffer, until told to stop and the ring is empty.
+async fn forward(
+    mut events: AsyncFd<RingBuf<MapData>>,
+    sources: watch::Receiver<Arc<Source>>,
+    records: mpsc::Sender<Record>,
+    mut stop: watch::Receiver<bool>,
+) {
+    loop {
+        let stopping = *stop.borrow_and_update();
+        while let Some(bytes) = events.get_mut().next().map(|bytes| bytes.to_vec()) {
+            let source = sources.borrow().clone();
+            let record = match source.decode(&bytes) {
+                Some(event) => Record::Event(Arc::new(event)),
+                None => Record::Undecodable(source.interface.clone()),
+            };
+            if records.send(record).await.is_err() {
+                return;
+            }
+        }
+        if stopping {
+            return;
+        }
+        tokio::select! {
+            ready = events.readable_mut() => match ready {
+                Ok(mut ready) => ready.clear_ready(),
+                Err(_) => return,
+            },
+            _ = stop.changed() => {}
+        }
+    }
+}
+
+async fn forward_log(mut log: AsyncFd<EbpfLogger<StderrLog>>) {
+    loop {
+        match log.readable_mut().await {
+            Ok(mut ready) => {
+                ready.get_inner_mut().flush();
+                ready.clear_ready();
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+/// Hands the BPF program's debug log to standard error.
+struct StderrLog;
+
+impl log::Log for StderrLog {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        eprintln!("bpf: {}", record.args());
+    }
+
+    fn flush(&self) {}
+}
+
+/// What the VXLAN driver takes its source ports from by default.
+fn local_port_range() -> (u16, u16) {
+    const KERNEL_DEFAULT: (u16, u16) = (32768, 60999);
+    let parse = |text: &str| {
+        let (min, max) = text.trim().split_once(char::is_whitespace)?;
+        Some((min.parse().ok()?, max.trim().parse().ok()?))
+    };
+    std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")
+        .ok()
+        .and_then(|text| parse(&text))
+        .unwrap_or(KERNEL_DEFAULT)
+}
