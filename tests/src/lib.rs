@@ -1,1 +1,20 @@
-//! Lab.
+//! What the end-to-end tests and `cargo xtask demo` are made of: network namespaces that hold the
+//! real kernel bug, traffic through them, and ways to see what happened that share no code with
+//! vxcsum itself.
+
+pub mod capture;
+pub mod cases;
+pub mod conntrack;
+pub mod counters;
+pub mod daemon;
+pub mod evidence;
+pub mod lab;
+pub mod netns;
+pub mod oracle;
+pub mod packets;
+pub mod traffic;
+pub mod workload;
+
+mod packet;
+mod sh;
+mod vlan_tag;

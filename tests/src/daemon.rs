@@ -1,0 +1,392 @@
+//! The vxcsum binary at work inside a namespace.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::ffi::OsStr;
+use std::io::{BufRead as _, BufReader, Read};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Deserializer};
+
+use crate::netns::NetNs;
+use crate::sh;
+
+/// For the start and for the end; both take a fraction of it.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The binary under test: `$VXCSUM_BIN`, or what `cargo xtask build` leaves in the workspace.
+pub fn binary() -> Result<PathBuf> {
+    let path = match env::var_os("VXCSUM_BIN") {
+        Some(path) => PathBuf::from(path),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/vxcsum"),
+    };
+    path.canonicalize().with_context(|| {
+        format!(
+            "no vxcsum binary at {}: build it with `cargo xtask build`, or name one in VXCSUM_BIN",
+            path.display()
+        )
+    })
+}
+
+/// How a program that ran to its end has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Exit code; none if a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+/// Runs a command that should end by itself; it is killed and that is an error if it does not.
+pub fn run_to_end(command: &mut Command, timeout: Duration) -> Result<Ended> {
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let stdout = child.stdout.take().map(collect);
+    let stderr = child.stderr.take().map(collect);
+    let status = sh::poll(timeout, || Ok(child.try_wait()?))?;
+    if status.is_none() {
+        child.kill()?;
+        child.wait()?;
+    }
+    let text = |thread: Option<JoinHandle<String>>| {
+        thread.and_then(|thread| thread.join().ok()).unwrap_or_default()
+    };
+    let (stdout, stderr) = (text(stdout), text(stderr));
+    let Some(status) = status else {
+        bail!("still running after {timeout:?}; stdout {stdout:?}, stderr {stderr:?}");
+    };
+    Ok(Ended { code: status.code(), stdout, stderr })
+}
+
+fn collect(mut pipe: impl Read + Send + 'static) -> JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = pipe.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+/// What the summary says, its last line of standard output.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Summary {
+    /// Fix mode.
+    pub fix: String,
+    /// What became of the events.
+    pub events: Events,
+    /// Counters of each watched interface.
+    pub interfaces: Vec<Interface>,
+}
+
+/// What became of the events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct Events {
+    /// Written to standard output.
+    pub emitted: u64,
+    /// Held back by the rate limit.
+    pub suppressed: u64,
+    /// Lost on the way from the kernel.
+    pub lost: u64,
+}
+
+/// Counters of a watched interface.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// `tcx` or `clsact`.
+    pub attach: String,
+    /// Packets seen, before segmentation.
+    pub skbs: u64,
+    /// Those of them that are no VXLAN.
+    pub not_vxlan: u64,
+    /// By verdict, in wire segments.
+    pub verdicts: BTreeMap<String, Count>,
+    /// Rewritten, in wire segments.
+    pub fixed: u64,
+}
+
+/// Packets and bytes on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct Count {
+    /// Wire segments.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+impl Interface {
+    /// Packets of all verdicts.
+    pub fn vxlan(&self) -> Count {
+        let sum = |count: fn(&Count) -> u64| self.verdicts.values().map(count).sum();
+        Count { packets: sum(|count| count.packets), bytes: sum(|count| count.bytes) }
+    }
+
+    /// Packets with this verdict.
+    pub fn packets(&self, verdict: &str) -> u64 {
+        self.verdicts.get(verdict).map_or(0, |count| count.packets)
+    }
+
+    /// Packets with a broken outer checksum.
+    pub fn broken(&self) -> u64 {
+        ["mangled_zero", "stale_nat", "bad"].iter().map(|verdict| self.packets(verdict)).sum()
+    }
+}
+
+impl Summary {
+    /// The counters of the one interface it watched.
+    pub fn interface(&self) -> Result<&Interface> {
+        match self.interfaces.as_slice() {
+            [interface] => Ok(interface),
+            interfaces => bail!("{} interfaces, not one", interfaces.len()),
+        }
+    }
+}
+
+/// A broken packet, as vxcsum reports it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Event {
+    /// RFC 3339.
+    pub time: String,
+    /// The interface it left through.
+    pub interface: String,
+    /// The VXLAN device that sent it.
+    pub device: Option<String>,
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// One of the broken verdicts.
+    pub verdict: String,
+    /// `none`, `zeroed`, `restored` or `refused:` and the reason.
+    pub action: String,
+    /// What the field held.
+    #[serde(deserialize_with = "hex")]
+    pub check: u16,
+    /// What the right sum is, where that is known.
+    #[serde(deserialize_with = "optional_hex")]
+    pub expected: Option<u16>,
+    /// The datagram that carries the packet.
+    pub outer: OuterView,
+    /// The packet inside.
+    pub inner: InnerView,
+    /// `skb->mark`
+    #[serde(deserialize_with = "hex")]
+    pub mark: u32,
+    /// Packets on the wire.
+    pub segments: u32,
+    /// Length in bytes, link header included.
+    pub len: u32,
+}
+
+/// Outer addresses and ports.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct OuterView {
+    /// Source address.
+    pub src: IpAddr,
+    /// Destination address.
+    pub dst: IpAddr,
+    /// Source port.
+    pub sport: u16,
+    /// Destination port.
+    pub dport: u16,
+    /// Source port before NAT, where that is known.
+    pub sport_before_nat: Option<u16>,
+}
+
+/// Inner addresses and ports, as far as there are any.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct InnerView {
+    /// Source address.
+    pub src: Option<IpAddr>,
+    /// Destination address.
+    pub dst: Option<IpAddr>,
+    /// `tcp`, `udp`, `icmp`, `arp`, …
+    pub proto: String,
+    /// Source port.
+    pub sport: Option<u16>,
+    /// Destination port.
+    pub dport: Option<u16>,
+    /// As tcpdump writes them.
+    pub tcp_flags: Option<String>,
+}
+
+fn hex<'de, D: Deserializer<'de>, T: TryFrom<u32>>(deserializer: D) -> Result<T, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse_hex(&text).ok_or_else(|| wrong_hex(&text))
+}
+
+fn optional_hex<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    text.map(|text| parse_hex(&text).ok_or_else(|| wrong_hex(&text))).transpose()
+}
+
+fn parse_hex<T: TryFrom<u32>>(text: &str) -> Option<T> {
+    let value = u32::from_str_radix(text.strip_prefix("0x")?, 16).ok()?;
+    value.try_into().ok()
+}
+
+fn wrong_hex<E: serde::de::Error>(text: &str) -> E {
+    E::custom(format!("{text:?} is no hexadecimal number that fits"))
+}
+
+/// What a running vxcsum has printed so far, a line each.
+#[derive(Debug, Default)]
+struct Printed {
+    stdout: Mutex<Vec<String>>,
+    stderr: Mutex<Vec<String>>,
+    more: Condvar,
+}
+
+/// A running `vxcsum run --json`, killed on drop.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    printed: Arc<Printed>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+impl Daemon {
+    /// Starts it inside `ns` on `interface` and waits until it watches.
+    pub fn start<S: AsRef<OsStr>>(
+        ns: &NetNs,
+        interface: &str,
+        extra: impl IntoIterator<Item = S>,
+    ) -> Result<Self> {
+        let mut command = ns.command(binary()?);
+        command.args(["run", "--interface", interface, "--json"]).args(extra);
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("start vxcsum")?;
+        let printed = Arc::new(Printed::default());
+        let mut readers = Vec::new();
+        if let Some(pipe) = child.stdout.take() {
+            readers.push(read_lines(pipe, Arc::clone(&printed), |printed, line| {
+                lock(&printed.stdout).push(line);
+                printed.more.notify_all();
+            }));
+        }
+        if let Some(pipe) = child.stderr.take() {
+            readers.push(read_lines(pipe, Arc::clone(&printed), |printed, line| {
+                lock(&printed.stderr).push(line);
+            }));
+        }
+        let mut daemon = Self { child, printed, readers };
+        daemon.wait_watching()?;
+        Ok(daemon)
+    }
+
+    fn wait_watching(&mut self) -> Result<()> {
+        let watching = sh::poll(TIMEOUT, || {
+            if lock(&self.printed.stderr).iter().any(|line| line.starts_with("watching ")) {
+                return Ok(Some(()));
+            }
+            if let Some(status) = self.child.try_wait()? {
+                // The last line may still be in the pipe.
+                self.join_readers()?;
+                bail!("vxcsum ended ({status}): {}", self.stderr().join("; "));
+            }
+            Ok(None)
+        });
+        watching?.with_context(|| format!("vxcsum does not watch: {}", self.stderr().join("; ")))
+    }
+
+    /// What it has written to standard error.
+    pub fn stderr(&self) -> Vec<String> {
+        lock(&self.printed.stderr).clone()
+    }
+
+    /// The events so far.
+    pub fn events(&self) -> Result<Vec<Event>> {
+        parse_events(&lock(&self.printed.stdout))
+    }
+
+    /// Waits until there are `count` events or more and returns all.
+    pub fn wait_events(&self, count: usize, timeout: Duration) -> Result<Vec<Event>> {
+        let deadline = Instant::now() + timeout;
+        let mut lines = lock(&self.printed.stdout);
+        while lines.len() < count {
+            let left = deadline.saturating_duration_since(Instant::now());
+            ensure!(!left.is_zero(), "{} events of {count} after {timeout:?}", lines.len());
+            lines = self
+                .printed
+                .more
+                .wait_timeout(lines, left)
+                .map_or_else(|poisoned| poisoned.into_inner().0, |(lines, _)| lines);
+        }
+        parse_events(&lines)
+    }
+
+    /// Ends it with SIGINT and returns all its events and its summary.
+    pub fn stop(mut self) -> Result<(Vec<Event>, Summary)> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).context("SIGINT")?;
+        let status = sh::poll(TIMEOUT, || Ok(self.child.try_wait()?))?
+            .context("vxcsum does not end on SIGINT")?;
+        self.join_readers()?;
+        let stderr = self.stderr().join("; ");
+        ensure!(status.success(), "vxcsum ended with {status}: {stderr}");
+        let mut lines = lock(&self.printed.stdout);
+        let last = lines.pop().with_context(|| format!("vxcsum printed no summary: {stderr}"))?;
+        let last: LastLine =
+            serde_json::from_str(&last).with_context(|| format!("not a summary: {last}"))?;
+        Ok((parse_events(&lines)?, last.summary))
+    }
+
+    /// Ends it with SIGKILL, without a chance to clear up.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    fn join_readers(&mut self) -> Result<()> {
+        for reader in self.readers.drain(..) {
+            reader.join().map_err(|_| anyhow!("a reader of vxcsum's output panicked"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn parse_events(lines: &[String]) -> Result<Vec<Event>> {
+    let parse =
+        |line: &String| serde_json::from_str(line).with_context(|| format!("not an event: {line}"));
+    lines.iter().map(parse).collect()
+}
+
+#[derive(Deserialize)]
+struct LastLine {
+    summary: Summary,
+}
+
+fn read_lines(
+    pipe: impl Read + Send + 'static,
+    printed: Arc<Printed>,
+    take: impl Fn(&Printed, String) + Send + 'static,
+) -> JoinHandle<()> {
+    thread::spawn(move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            take(&printed, line);
+        }
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
