@@ -59,7 +59,7 @@ impl Changes {
         loop {
             match Subscription::new() {
                 Ok(subscription) => break self.subscription = subscription,
-                Err(error) => eprintln!("vxcsum: cannot follow network devices: {error}"),
+                Err(error) => tracing::warn!("cannot follow network devices: {error}"),
             }
             sleep(RETRY).await;
         }

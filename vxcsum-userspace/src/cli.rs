@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -190,6 +190,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "GROUP")]
     socket_group: Option<String>,
 
+    /// Serve metrics for Prometheus at http://ADDRESS/metrics
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
+
     /// Print no events, for a service; clients get them all the same
     #[arg(long)]
     quiet: bool,
@@ -197,6 +201,19 @@ pub struct RunArgs {
     /// Print the debug log of the BPF program to standard error
     #[arg(long)]
     bpf_log: bool,
+
+    /// How to log to standard error: text for people, json for machines
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// How to log.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum LogFormat {
+    /// For people, and for the journal.
+    Text,
+    /// One object a line.
+    Json,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -269,6 +286,7 @@ impl RunArgs {
         Ok(Options {
             watch,
             socket: server::Options { path: self.socket, group: self.socket_group },
+            metrics: self.metrics,
             json: self.json,
             quiet: self.quiet,
         })

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use vxcsum::cli::{Cli, Command};
-use vxcsum::{client, run};
+use vxcsum::{client, logging, run};
 
 /// Wrong usage, or it cannot run.
 const CANNOT_RUN: u8 = 2;
@@ -23,6 +23,7 @@ fn main() -> ExitCode {
 fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) => {
+            logging::start(args.log_format);
             let options = args.options()?;
             tokio::runtime::Builder::new_current_thread()
                 .enable_all()

@@ -1,12 +1,14 @@
 //! `vxcsum run`: the daemon, in the foreground as service managers want it.
 
 use std::io::{self, Write as _};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use sd_notify::NotifyState;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{broadcast, mpsc};
@@ -15,6 +17,8 @@ use vxcsum_common::layout::SkbLayout;
 
 use crate::changes::Changes;
 use crate::event::Event;
+use crate::metrics;
+use crate::privileges::drop_privileges;
 use crate::server::{self, Request, Server};
 use crate::skb_layout::{self, VMLINUX_BTF};
 use crate::summary::Summary;
@@ -27,6 +31,8 @@ pub struct Options {
     pub watch: supervisor::Options,
     /// Where clients connect.
     pub socket: server::Options,
+    /// Where to serve metrics, if anywhere.
+    pub metrics: Option<SocketAddr>,
     /// JSON instead of lines for people.
     pub json: bool,
     /// Print no events.
@@ -46,6 +52,12 @@ pub async fn run(options: Options) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     raise_memlock_limit();
 
+    // What needs more privileges than it goes on with comes first, and threads come later: they
+    // inherit what is left.
+    let server = Server::bind(&options.socket)?;
+    let skb_layout = read_skb_layout();
+    drop_privileges()?;
+
     let (records, recorded) = mpsc::channel(QUEUE_LEN);
     let (to_printer, printer_queue) = mpsc::channel(QUEUE_LEN);
     let (to_clients, _) = broadcast::channel(CLIENT_QUEUE_LEN);
@@ -56,16 +68,20 @@ pub async fn run(options: Options) -> Result<()> {
 
     // Subscribed before the first look, so that nothing falls between.
     let mut changes = Changes::subscribe()?;
-    let mut supervisor = Supervisor::new(options.watch, read_skb_layout(), records);
+    let mut supervisor = Supervisor::new(options.watch, skb_layout, records);
     supervisor.start().await?;
     let (requests, mut requested) = mpsc::channel(server::MAX_CLIENTS);
-    let server = Server::bind(&options.socket)?;
-    if let Some(server) = server {
-        tokio::spawn(server.serve(requests, to_clients));
+    if let Some(address) = options.metrics {
+        metrics::serve(address, requests.clone()).await?;
     }
+    let serving = server.map(|server| tokio::spawn(server.serve(requests.clone(), to_clients)));
+    // Without a service manager that listens, this does nothing.
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
 
     let mut look = interval(LOOK_INTERVAL);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut alive = interval(watchdog_interval());
+    alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             _ = interrupt.recv() => break,
@@ -73,11 +89,20 @@ pub async fn run(options: Options) -> Result<()> {
             () = to_printer.closed() => break,
             () = changes.next() => supervisor.follow().await,
             _ = look.tick() => supervisor.follow().await,
+            _ = alive.tick() => {
+                let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+            }
             Some(request) = requested.recv() => answer(request, &mut supervisor),
         }
     }
 
-    let summary = supervisor.stop().await?;
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    if let Some(serving) = serving {
+        // Takes the socket's file away.
+        serving.abort();
+    }
+    let fix = supervisor.fix();
+    let summary = Summary::new(fix, supervisor.stop().await?);
     // The supervisor is gone, and with it the last sender of records.
     distributor.await.context("cannot distribute events")?;
     // Fails when nobody reads any more, which ends quietly.
@@ -89,10 +114,20 @@ pub async fn run(options: Options) -> Result<()> {
     }
 }
 
+/// How often to tell the service manager that all is well: twice as often as it wants to hear it.
+fn watchdog_interval() -> Duration {
+    const NOBODY_LISTENS: Duration = Duration::from_secs(3600);
+    sd_notify::watchdog_enabled().map_or(NOBODY_LISTENS, |interval| interval / 2)
+}
+
 fn answer(request: Request, supervisor: &mut Supervisor) {
     // An answer that nobody waits for any more is dropped.
     match request {
-        Request::Status(reply) => _ = reply.send(supervisor.summary()),
+        Request::Status(reply) => {
+            let summary = supervisor.counted().map(|it| Summary::new(supervisor.fix(), it));
+            let _ = reply.send(summary);
+        }
+        Request::Count(reply) => _ = reply.send(supervisor.counted()),
         Request::Fix(mode, reply) => _ = reply.send(supervisor.set_fix(mode)),
     }
 }
@@ -107,7 +142,7 @@ async fn distribute(
         let event = match record {
             Record::Event(event) => event,
             Record::Undecodable(interface) => {
-                eprintln!("vxcsum: an event of {interface} cannot be decoded");
+                tracing::warn!("an event of {interface} cannot be decoded");
                 continue;
             }
         };
@@ -175,7 +210,7 @@ fn read_skb_layout() -> Option<SkbLayout> {
     match skb_layout::read(Path::new(VMLINUX_BTF)) {
         Ok(layout) => Some(layout),
         Err(error) => {
-            eprintln!("vxcsum: {error}; events go without ip_summed");
+            tracing::warn!("{error}; events go without ip_summed");
             None
         }
     }

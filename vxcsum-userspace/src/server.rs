@@ -19,6 +19,7 @@ use vxcsum_common::layout::FixMode;
 use crate::event::Event;
 use crate::protocol::{Command, Filter, MAX_LINE_LEN, Notice};
 use crate::summary::Summary;
+use crate::supervisor::Counted;
 
 /// Where the daemon listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/vxcsum/vxcsum.sock";
@@ -42,6 +43,8 @@ pub struct Options {
 pub enum Request {
     /// Sum up.
     Status(oneshot::Sender<Result<Summary>>),
+    /// Read the counters.
+    Count(oneshot::Sender<Result<Vec<Counted>>>),
     /// Switch the fix mode.
     Fix(FixMode, oneshot::Sender<Result<()>>),
 }
@@ -69,7 +72,7 @@ impl Server {
         match bound {
             Ok(server) => Ok(Some(server)),
             Err(error) if options.path.is_none() && options.group.is_none() => {
-                eprintln!("vxcsum: {error:#}; going on without tail, status and fix");
+                tracing::warn!("{error:#}; going on without tail, status and fix");
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -109,7 +112,7 @@ impl Server {
                 Ok((stream, _)) => stream,
                 Err(error) => {
                     // Out of file descriptors, most likely: some may be free again soon.
-                    eprintln!("vxcsum: cannot accept a client: {error}");
+                    tracing::warn!("cannot accept a client: {error}");
                     sleep(Duration::from_secs(1)).await;
                     continue;
                 }

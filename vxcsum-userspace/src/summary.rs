@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vxcsum_common::Verdict;
-use vxcsum_common::layout::{Counters, FixMode, Report};
+use vxcsum_common::layout::{FixMode, Report};
 
 use crate::attach::Method;
 use crate::names;
+use crate::supervisor::Counted;
 
 /// All interfaces.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -52,12 +53,9 @@ struct OnWire {
 
 impl Summary {
     /// Of all interfaces, by what their programs have counted.
-    pub fn new(
-        fix: FixMode,
-        interfaces: impl IntoIterator<Item = (String, Option<Method>, Counters)>,
-    ) -> Self {
+    pub fn new(fix: FixMode, interfaces: Vec<Counted>) -> Self {
         let mut summary = Self { fix, events: Events::default(), interfaces: Vec::new() };
-        for (name, attach, counters) in interfaces {
+        for Counted { name, method: attach, counters } in interfaces {
             summary.events.emitted += counters.reported(Report::Emitted).skbs;
             summary.events.suppressed += counters.reported(Report::Suppressed).skbs;
             summary.events.lost += counters.reported(Report::Lost).skbs;
@@ -160,19 +158,20 @@ impl Display for Table<'_> {
 
 #[cfg(test)]
 mod tests {
+    use vxcsum_common::layout::Counters;
+
     use super::*;
 
-    fn counters(packets: u64) -> Counters {
+    fn counted(packets: u64) -> Vec<Counted> {
         let mut counters = Counters { not_vxlan: 2, zeroed: 1, ..Counters::default() };
         let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
         (tally.skbs, tally.packets, tally.bytes) = (packets, packets, packets * 100);
-        counters
+        vec![Counted { name: "eth0".to_owned(), method: Some(Method::Tcx), counters }]
     }
 
     #[test]
     fn json_is_as_documented() {
-        let summary =
-            Summary::new(FixMode::Zero, [("eth0".to_owned(), Some(Method::Tcx), counters(3))]);
+        let summary = Summary::new(FixMode::Zero, counted(3));
         let json = serde_json::to_value(&summary).unwrap();
         assert_eq!(json["fix"], "zero");
         assert_eq!(json["events"]["emitted"], 3);
@@ -189,9 +188,8 @@ mod tests {
 
     #[test]
     fn the_table_shows_rates_and_what_is_broken() {
-        let earlier =
-            Summary::new(FixMode::Off, [("eth0".to_owned(), Some(Method::Tcx), counters(3))]);
-        let now = Summary::new(FixMode::Off, [("eth0".to_owned(), Some(Method::Tcx), counters(5))]);
+        let earlier = Summary::new(FixMode::Off, counted(3));
+        let now = Summary::new(FixMode::Off, counted(5));
         let table = now.table(&earlier, Duration::from_secs(2)).to_string();
         let row = table.lines().find(|line| line.contains("stale_nat")).unwrap();
         assert!(row.contains("1.0/s") && row.ends_with("broken"), "{table}");

@@ -16,7 +16,6 @@ use crate::event::{Event, Source};
 use crate::links::{Link, Links};
 use crate::plan::{Plan, Wish};
 use crate::program::{LoadOptions, Program};
-use crate::summary::Summary;
 
 /// What to watch, and how.
 #[derive(Clone, Debug)]
@@ -40,6 +39,17 @@ pub enum Record {
     Event(Arc<Event>),
     /// Not an event of this version, from this interface.
     Undecodable(String),
+}
+
+/// What was counted on one interface.
+#[derive(Clone, Debug)]
+pub struct Counted {
+    /// The interface.
+    pub name: String,
+    /// How it is watched; none while it is gone.
+    pub method: Option<Method>,
+    /// On all CPUs, from the start of the daemon.
+    pub counters: Counters,
 }
 
 /// All watched interfaces.
@@ -140,7 +150,7 @@ impl Supervisor {
     /// Says something once.
     fn complain(&mut self, complaint: String) {
         if self.complaints.insert(complaint.clone()) {
-            eprintln!("vxcsum: {complaint}");
+            tracing::warn!("{complaint}");
         }
     }
 
@@ -180,7 +190,7 @@ impl Supervisor {
             tokio::spawn(forward_log(log));
         }
         let attachment = Attachment::new(program.classifier()?, &link.name, self.options.method)?;
-        eprintln!("watching {} ({}): {plan}", link.name, attachment.method.as_str());
+        tracing::info!("watching {} ({}): {plan}", link.name, attachment.method.as_str());
         let source = Arc::new(Source { interface: link.name.clone(), plan });
         let (source, sources) = watch::channel(source);
         let (stop, stopped) = watch::channel(false);
@@ -207,7 +217,7 @@ impl Supervisor {
     async fn unwatch(&mut self, index: u32) {
         if let Some(watched) = self.watched.remove(&index) {
             let name = watched.name.clone();
-            eprintln!("no longer watching {name}");
+            tracing::info!("no longer watching {name}");
             match watched.end().await {
                 Ok((_, counters)) => {
                     let past = self.past.entry(name).or_default();
@@ -228,35 +238,43 @@ impl Supervisor {
         Ok(())
     }
 
+    /// The fix mode.
+    pub const fn fix(&self) -> FixMode {
+        self.options.wish.fix
+    }
+
     /// What has been counted so far.
-    pub fn summary(&self) -> Result<Summary> {
+    pub fn counted(&self) -> Result<Vec<Counted>> {
         let mut counted = Vec::new();
         for Watched { name, program, attachment, .. } in self.watched.values() {
-            counted.push((name.clone(), Some(attachment.method), program.counters()?));
+            let (name, method) = (name.clone(), Some(attachment.method));
+            counted.push(Counted { name, method, counters: program.counters()? });
         }
-        Ok(self.sum_up(counted))
+        Ok(self.with_past(counted))
     }
 
     /// Detaches from all interfaces. First the programs end, then what they have left in the ring
     /// buffers is read, then the counters: so every event that is counted has been forwarded.
-    pub async fn stop(mut self) -> Result<Summary> {
+    pub async fn stop(mut self) -> Result<Vec<Counted>> {
         let mut counted = Vec::new();
         while let Some((_, watched)) = self.watched.pop_first() {
             let name = watched.name.clone();
             let (method, counters) = watched.end().await?;
-            counted.push((name, Some(method), counters));
+            counted.push(Counted { name, method: Some(method), counters });
         }
-        Ok(self.sum_up(counted))
+        Ok(self.with_past(counted))
     }
 
-    fn sum_up(&self, mut counted: Vec<(String, Option<Method>, Counters)>) -> Summary {
+    fn with_past(&self, mut counted: Vec<Counted>) -> Vec<Counted> {
         for (name, past) in &self.past {
-            match counted.iter_mut().find(|(other, ..)| other == name) {
-                Some((_, _, counters)) => *counters = counters.plus(past),
-                None => counted.push((name.clone(), None, *past)),
+            match counted.iter_mut().find(|other| other.name == *name) {
+                Some(now) => now.counters = now.counters.plus(past),
+                None => {
+                    counted.push(Counted { name: name.clone(), method: None, counters: *past });
+                }
             }
         }
-        Summary::new(self.options.wish.fix, counted)
+        counted
     }
 }
 
@@ -274,7 +292,7 @@ impl Watched {
             }
         }
         self.program.configure(plan.config())?;
-        eprintln!("watching {} ({}): {plan}", self.name, self.attachment.method.as_str());
+        tracing::info!("watching {} ({}): {plan}", self.name, self.attachment.method.as_str());
         self.source.send_replace(Arc::new(Source { interface: self.name.clone(), plan }));
         Ok(())
     }
@@ -284,7 +302,7 @@ impl Watched {
         let method = attachment.method;
         // It is off already where the interface itself is gone.
         if let Err(error) = attachment.detach(program.classifier()?) {
-            eprintln!("vxcsum: cannot detach from {name}: {error}");
+            tracing::warn!("cannot detach from {name}: {error}");
         }
         stop.send_replace(true);
         reader.await.with_context(|| format!("cannot read the events of {name}"))?;
@@ -351,7 +369,7 @@ impl log::Log for StderrLog {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        eprintln!("bpf: {}", record.args());
+        tracing::debug!("bpf: {}", record.args());
     }
 
     fn flush(&self) {}

@@ -1,0 +1,290 @@
+//! `--metrics`: counters over HTTP, for Prometheus.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
+use hyper::service::service_fn;
+use hyper::{Method as HttpMethod, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::sleep;
+use vxcsum_common::Verdict;
+use vxcsum_common::layout::Report;
+
+use crate::server::Request;
+use crate::supervisor::Counted;
+
+/// A scraper that says nothing is not waited for longer.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Answers scrapes from now on.
+pub async fn serve(address: SocketAddr, requests: mpsc::Sender<Request>) -> Result<()> {
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot serve metrics on {address}"))?;
+    tokio::spawn(async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let requests = requests.clone();
+                    let service = service_fn(move |request| answer(request, requests.clone()));
+                    let connection = hyper::server::conn::http1::Builder::new()
+                        .timer(TokioTimer::new())
+                        .header_read_timeout(HEADER_TIMEOUT)
+                        .serve_connection(TokioIo::new(stream), service);
+                    // A scraper that goes away or speaks no HTTP is no concern of ours.
+                    tokio::spawn(async { _ = connection.await });
+                }
+                Err(error) => {
+                    tracing::warn!("cannot accept a scraper: {error}");
+                    sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+async fn answer(
+    request: hyper::Request<Incoming>,
+    requests: mpsc::Sender<Request>,
+) -> Result<hyper::Response<Full<Bytes>>, Infallible> {
+    let is_known = request.uri().path() == "/metrics";
+    let is_get = request.method() == HttpMethod::GET;
+    let (status, content_type, body) = match (is_known, is_get) {
+        (true, true) => match counted(&requests).await {
+            Some(counted) => {
+                let accept = request.headers().get(ACCEPT).and_then(|it| it.to_str().ok());
+                let format = Format::accepted(accept.unwrap_or_default());
+                (StatusCode::OK, format.content_type(), format.encode(counted))
+            }
+            None => (StatusCode::SERVICE_UNAVAILABLE, PLAIN, "vxcsum cannot count\n".to_owned()),
+        },
+        (true, false) => (StatusCode::METHOD_NOT_ALLOWED, PLAIN, "only GET\n".to_owned()),
+        (false, _) => (StatusCode::NOT_FOUND, PLAIN, "see /metrics\n".to_owned()),
+    };
+    let mut response = hyper::Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    Ok(response)
+}
+
+async fn counted(requests: &mpsc::Sender<Request>) -> Option<Vec<Counted>> {
+    let (reply, counted) = oneshot::channel();
+    requests.send(Request::Count(reply)).await.ok()?;
+    counted.await.ok()?.ok()
+}
+
+const PLAIN: &str = "text/plain; charset=utf-8";
+
+/// What a scraper understands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    /// Prometheus text 0.0.4.
+    Text,
+    /// OpenMetrics 1.0.
+    OpenMetrics,
+}
+
+impl Format {
+    fn accepted(accept: &str) -> Self {
+        if accept.contains("application/openmetrics-text") { Self::OpenMetrics } else { Self::Text }
+    }
+
+    const fn content_type(self) -> &'static str {
+        match self {
+            Self::Text => "text/plain; version=0.0.4; charset=utf-8",
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        }
+    }
+
+    fn encode(self, counted: Vec<Counted>) -> String {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Snapshot(counted)));
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
+        match self {
+            Self::OpenMetrics => text,
+            Self::Text => to_prometheus_text(&text),
+        }
+    }
+}
+
+/// OpenMetrics names a counter's family without the suffix that its samples have, and ends with a
+/// mark; the older text format does neither.
+fn to_prometheus_text(open_metrics: &str) -> String {
+    let mut counters = Vec::new();
+    for line in open_metrics.lines() {
+        if let Some(name) = line.strip_prefix("# TYPE ").and_then(|it| it.strip_suffix(" counter"))
+        {
+            counters.push(name);
+        }
+    }
+    let mut text = String::with_capacity(open_metrics.len());
+    for line in open_metrics.lines().filter(|&line| line != "# EOF") {
+        let mut words = line.splitn(4, ' ');
+        match (words.next(), words.next(), words.next(), words.next()) {
+            (Some("#"), Some(kind), Some(name), Some(rest)) if counters.contains(&name) => {
+                text.push_str(&format!("# {kind} {name}_total {rest}\n"));
+            }
+            _ => {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+    }
+    text
+}
+
+/// All metrics at one instant.
+#[derive(Debug)]
+struct Snapshot(Vec<Counted>);
+
+/// A sample: its labels and its value.
+type Sample<'a> = (Vec<(&'static str, &'a str)>, u64);
+
+impl Snapshot {
+    fn samples<'a, Samples: IntoIterator<Item = Sample<'a>>>(
+        &'a self,
+        of_interface: impl Fn(&'a Counted) -> Samples,
+    ) -> Vec<Sample<'a>> {
+        self.0.iter().flat_map(of_interface).collect()
+    }
+
+    fn events(&self, report: Report) -> Vec<Sample<'_>> {
+        let count = self.0.iter().map(|it| it.counters.reported(report).skbs).sum();
+        vec![(Vec::new(), count)]
+    }
+}
+
+impl Collector for Snapshot {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let by_verdict = |value: fn(vxcsum_common::layout::Tally) -> u64| {
+            self.samples(move |it| {
+                Verdict::ALL.map(|verdict| {
+                    let labels = vec![("interface", &*it.name), ("verdict", verdict.as_str())];
+                    (labels, value(it.counters.of(verdict)))
+                })
+            })
+        };
+        let counters = [
+            (
+                "vxcsum_skbs",
+                "Packets seen on their way out, as the stack hands them down",
+                self.samples(|it| [(vec![("interface", &*it.name)], it.counters.skbs())]),
+            ),
+            (
+                "vxcsum_packets",
+                "VXLAN packets on the wire by the verdict on their outer UDP checksum",
+                by_verdict(|tally| tally.packets),
+            ),
+            (
+                "vxcsum_bytes",
+                "Bytes of VXLAN packets on the wire by the verdict on their outer UDP checksum",
+                by_verdict(|tally| tally.bytes),
+            ),
+            (
+                "vxcsum_fixed_packets",
+                "Packets on the wire whose outer UDP checksum was rewritten",
+                self.samples(|it| {
+                    [("zeroed", it.counters.zeroed), ("restored", it.counters.restored)].map(
+                        |(action, value)| {
+                            (vec![("interface", &*it.name), ("action", action)], value)
+                        },
+                    )
+                }),
+            ),
+            ("vxcsum_events_emitted", "Events sent to user space", self.events(Report::Emitted)),
+            (
+                "vxcsum_events_suppressed",
+                "Events held back by the rate limit",
+                self.events(Report::Suppressed),
+            ),
+            ("vxcsum_events_lost", "Events that found no room", self.events(Report::Lost)),
+        ];
+        for (name, help, samples) in counters {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (labels, value) in samples {
+                // An empty set of labels would be written as "{}".
+                if labels.is_empty() {
+                    family.encode_counter::<NoLabelSet, u64, f64>(&value, None)?;
+                } else {
+                    ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
+                }
+            }
+        }
+        let attached = self.samples(|it| {
+            it.method.map(|method| (vec![("interface", &*it.name), ("method", method.as_str())], 1))
+        });
+        let build = vec![(vec![("version", env!("CARGO_PKG_VERSION"))], 1)];
+        for (name, help, samples) in [
+            ("vxcsum_attached", "Interfaces that are watched", attached),
+            ("vxcsum_build_info", "The version that is running", build),
+        ] {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (labels, value) in samples {
+                let value = i64::try_from(value).unwrap_or(i64::MAX);
+                ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vxcsum_common::layout::Counters;
+
+    use super::*;
+    use crate::attach::Method;
+
+    fn counted() -> Vec<Counted> {
+        let mut counters = Counters { not_vxlan: 5, restored: 2, ..Counters::default() };
+        let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
+        (tally.skbs, tally.packets, tally.bytes) = (3, 4, 500);
+        vec![Counted { name: "eth0".to_owned(), method: Some(Method::Tcx), counters }]
+    }
+
+    #[test]
+    fn names_are_those_of_the_documentation() {
+        let text = Format::Text.encode(counted());
+        for line in [
+            "# TYPE vxcsum_skbs_total counter",
+            r#"vxcsum_skbs_total{interface="eth0"} 8"#,
+            r#"vxcsum_packets_total{interface="eth0",verdict="stale_nat"} 4"#,
+            r#"vxcsum_bytes_total{interface="eth0",verdict="stale_nat"} 500"#,
+            r#"vxcsum_fixed_packets_total{interface="eth0",action="restored"} 2"#,
+            "vxcsum_events_emitted_total 3",
+            "vxcsum_events_suppressed_total 0",
+            "vxcsum_events_lost_total 0",
+            r#"vxcsum_attached{interface="eth0",method="tcx"} 1"#,
+        ] {
+            assert!(text.lines().any(|it| it == line), "{line} is not in\n{text}");
+        }
+        assert!(text.contains("vxcsum_build_info{version="), "{text}");
+        assert!(!text.contains("# EOF"), "{text}");
+    }
+
+    #[test]
+    fn open_metrics_for_those_who_ask() {
+        let accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5";
+        assert_eq!(Format::accepted(accept), Format::OpenMetrics);
+        assert_eq!(Format::accepted("*/*"), Format::Text);
+        let text = Format::OpenMetrics.encode(counted());
+        assert!(text.contains("# TYPE vxcsum_skbs counter\n"), "{text}");
+        assert!(text.ends_with("# EOF\n"), "{text}");
+    }
+}
