@@ -4,10 +4,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Deserialize;
+use thiserror::Error;
 use vxcsum_common::layout::{FixMode, MAX_PORTS};
 use vxcsum_common::{Policy, Verdict};
 
 use crate::attach::Method;
+use crate::config::{Config, ConfigError};
 use crate::plan::{UnusablePorts, Wish};
 use crate::protocol::Filter;
 use crate::run::Options;
@@ -141,25 +144,24 @@ pub struct RunArgs {
     #[arg(long, value_name = "IF", num_args = 1..)]
     interface: Vec<String>,
 
-    /// UDP destination port of VXLAN, at most 16 of them
+    /// UDP destination ports of VXLAN, at most 16 [default: 8472 4789]
     #[arg(
         long,
         value_name = "N",
         num_args = 1..,
-        default_values_t = [8472, 4789],
         value_parser = clap::value_parser!(u16).range(1..)
     )]
     port: Vec<u16>,
 
     /// What the VXLAN devices put into the outer checksum; auto asks the kernel (rtnetlink), and
-    /// learns from traffic where that does not tell
-    #[arg(long, value_enum, default_value_t = PolicyArg::Auto)]
-    policy: PolicyArg,
+    /// learns from traffic where that does not tell [default: auto]
+    #[arg(long, value_enum)]
+    policy: Option<PolicyArg>,
 
     /// What to write into broken packets: nothing, zero (IPv4 only), or what the device should have
-    /// sent
-    #[arg(long, value_enum, value_name = "MODE", default_value_t = FixArg::Off)]
-    fix: FixArg,
+    /// sent [default: off]
+    #[arg(long, value_enum, value_name = "MODE")]
+    fix: Option<FixArg>,
 
     /// With --fix, also rewrite packets whose error nothing explains (verdict bad)
     #[arg(long)]
@@ -170,19 +172,19 @@ pub struct RunArgs {
     json: bool,
 
     /// The most events a second from each interface, 0 for no limit; counters stay exact, and a
-    /// connection that is new is preferred over repeats
-    #[arg(long, value_name = "N", default_value_t = 1000)]
-    events_per_second: u32,
+    /// connection that is new is preferred over repeats [default: 1000]
+    #[arg(long, value_name = "N")]
+    events_per_second: Option<u32>,
 
-    /// How to attach: tcx (Linux 6.6), clsact, or the first of them that works
-    #[arg(long, value_enum, default_value_t = AttachArg::Auto)]
-    attach: AttachArg,
+    /// How to attach: tcx (Linux 6.6), clsact, or the first of them that works [default: auto]
+    #[arg(long, value_enum)]
+    attach: Option<AttachArg>,
 
-    /// Size of the event buffer of each interface in KiB, a power of two
-    #[arg(long, value_name = "KIB", default_value_t = 1024, value_parser = ring_kib)]
-    ring_kib: u32,
+    /// Size of the event buffer of each interface in KiB, a power of two [default: 1024]
+    #[arg(long, value_name = "KIB", value_parser = ring_kib)]
+    ring_kib: Option<u32>,
 
-    /// Where tail, status and fix connect; /run/vxcsum/vxcsum.sock unless given
+    /// Where tail, status and fix connect [default: /run/vxcsum/vxcsum.sock]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
 
@@ -202,13 +204,24 @@ pub struct RunArgs {
     #[arg(long)]
     bpf_log: bool,
 
-    /// How to log to standard error: text for people, json for machines
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    pub log_format: LogFormat,
+    /// How to log to standard error: text for people and the journal, json for machines
+    /// [default: text]
+    #[arg(long, value_enum)]
+    log_format: Option<LogFormat>,
+
+    /// Configuration file, in which every option above may stand; options win [default:
+    /// /etc/vxcsum/vxcsum.toml, where it exists]. SIGHUP reads it again
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Only check the configuration, options included
+    #[arg(long)]
+    pub check_config: bool,
 }
 
 /// How to log.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// For people, and for the journal.
     Text,
@@ -216,15 +229,19 @@ pub enum LogFormat {
     Json,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum PolicyArg {
+#[derive(Clone, Copy, Debug, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the words of the option")]
+pub enum PolicyArg {
     Auto,
     Zero,
     Sum,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum FixArg {
+#[derive(Clone, Copy, Debug, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the words of the option")]
+pub enum FixArg {
     Off,
     Zero,
     Restore,
@@ -240,8 +257,10 @@ impl FixArg {
     }
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum AttachArg {
+#[derive(Clone, Copy, Debug, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the words of the option")]
+pub enum AttachArg {
     Auto,
     Tcx,
     Clsact,
@@ -249,47 +268,84 @@ enum AttachArg {
 
 /// A ring buffer is a power of two and whole pages; 64 KiB are whole pages everywhere.
 fn ring_kib(text: &str) -> Result<u32, String> {
-    match text.parse() {
-        Ok(kib @ 64..=1_048_576) if u32::is_power_of_two(kib) => Ok(kib),
-        _ => Err("must be a power of two from 64 to 1048576".to_owned()),
-    }
+    text.parse().ok().filter(|&kib| is_ring_kib(kib)).ok_or_else(|| RING_KIB.to_owned())
+}
+
+const RING_KIB: &str = "must be a power of two from 64 to 1048576";
+
+fn is_ring_kib(kib: u32) -> bool {
+    kib.is_power_of_two() && (64..=1_048_576).contains(&kib)
+}
+
+/// Options and file together ask for something impossible.
+#[derive(Debug, Error)]
+pub enum UsageError {
+    /// The file.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Ports.
+    #[error(transparent)]
+    Ports(#[from] UnusablePorts),
+    /// Of the file; clap has checked the option.
+    #[error("ring-kib {0} {RING_KIB}")]
+    Ring(u32),
 }
 
 impl RunArgs {
-    /// What to run.
-    pub fn options(self) -> Result<Options, UnusablePorts> {
-        let ports = unique(self.port);
-        if ports.len() > MAX_PORTS {
-            return Err(UnusablePorts);
+    /// What to run: options first, then the file, then defaults. Reads the file anew. Also returns
+    /// which file it was.
+    pub fn options(&self) -> Result<(Options, Option<PathBuf>), UsageError> {
+        let (file, path) = Config::read(self.config.as_deref())?;
+        let given = |values: &[u16]| (!values.is_empty()).then(|| values.to_vec());
+        let ports = given(&self.port).or(file.port).unwrap_or_else(|| vec![8472, 4789]);
+        let ports = unique(ports);
+        if ports.len() > MAX_PORTS || ports.contains(&0) || ports.is_empty() {
+            return Err(UnusablePorts.into());
         }
+        let interfaces = if self.interface.is_empty() {
+            file.interface.unwrap_or_default()
+        } else {
+            self.interface.clone()
+        };
+        let ring_kib = self.ring_kib.or(file.ring_kib).unwrap_or(1024);
+        if !is_ring_kib(ring_kib) {
+            return Err(UsageError::Ring(ring_kib));
+        }
+        let fix_unproven = self.fix_unproven || file.fix_unproven.unwrap_or_default();
+        let events_per_second = self.events_per_second.or(file.events_per_second);
         let watch = supervisor::Options {
-            interfaces: unique(self.interface),
+            interfaces: unique(interfaces),
             wish: Wish {
                 ports,
-                policy: match self.policy {
-                    PolicyArg::Auto => None,
-                    PolicyArg::Zero => Some(Policy::Zero),
-                    PolicyArg::Sum => Some(Policy::Sum),
+                policy: match self.policy.or(file.policy) {
+                    None | Some(PolicyArg::Auto) => None,
+                    Some(PolicyArg::Zero) => Some(Policy::Zero),
+                    Some(PolicyArg::Sum) => Some(Policy::Sum),
                 },
-                fix: self.fix.mode(),
-                fix_unproven: self.fix_unproven,
-                events_per_second: self.events_per_second,
+                fix: self.fix.or(file.fix).map_or(FixMode::Off, FixArg::mode),
+                fix_unproven,
+                events_per_second: events_per_second.unwrap_or(1000),
             },
-            method: match self.attach {
-                AttachArg::Auto => None,
-                AttachArg::Tcx => Some(Method::Tcx),
-                AttachArg::Clsact => Some(Method::Clsact),
+            method: match self.attach.or(file.attach) {
+                None | Some(AttachArg::Auto) => None,
+                Some(AttachArg::Tcx) => Some(Method::Tcx),
+                Some(AttachArg::Clsact) => Some(Method::Clsact),
             },
-            ring_len: self.ring_kib * 1024,
+            ring_len: ring_kib * 1024,
             bpf_log: self.bpf_log,
         };
-        Ok(Options {
+        let options = Options {
             watch,
-            socket: server::Options { path: self.socket, group: self.socket_group },
-            metrics: self.metrics,
-            json: self.json,
-            quiet: self.quiet,
-        })
+            socket: server::Options {
+                path: self.socket.clone().or(file.socket),
+                group: self.socket_group.clone().or(file.socket_group),
+            },
+            metrics: self.metrics.or(file.metrics),
+            json: self.json || file.json.unwrap_or_default(),
+            quiet: self.quiet || file.quiet.unwrap_or_default(),
+            log_format: self.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+        };
+        Ok((options, path))
     }
 }
 

@@ -4,6 +4,7 @@ pub mod attach;
 pub mod changes;
 pub mod cli;
 pub mod client;
+pub mod config;
 pub mod event;
 pub mod links;
 pub mod logging;

@@ -23,13 +23,20 @@ fn main() -> ExitCode {
 fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(args) => {
-            logging::start(args.log_format);
-            let options = args.options()?;
+            let (options, path) = args.options()?;
+            if args.check_config {
+                match path {
+                    Some(path) => println!("{}: all well", path.display()),
+                    None => println!("there is no configuration file: all well"),
+                }
+                return Ok(());
+            }
+            logging::start(options.log_format);
             tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
                 .context("cannot start the event loop")?
-                .block_on(run::run(options))
+                .block_on(run::run(options, || args.options().map(|(options, _)| options)))
         }
         Command::Tail(args) => {
             client::tail(&args.socket.socket, args.filter(), args.limit, args.json)

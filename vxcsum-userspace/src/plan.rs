@@ -11,7 +11,7 @@ use vxcsum_common::{Device, Policy};
 use crate::links::{Link, Links};
 
 /// What the user asked for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Wish {
     /// UDP destination ports, at most [`MAX_PORTS`] different ones.
     pub ports: Vec<u16>,

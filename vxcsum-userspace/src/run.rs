@@ -16,6 +16,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use vxcsum_common::layout::SkbLayout;
 
 use crate::changes::Changes;
+use crate::cli::{LogFormat, UsageError};
 use crate::event::Event;
 use crate::metrics;
 use crate::privileges::drop_privileges;
@@ -25,7 +26,7 @@ use crate::summary::Summary;
 use crate::supervisor::{self, Record, Supervisor};
 
 /// What to run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// What to watch.
     pub watch: supervisor::Options,
@@ -37,6 +38,8 @@ pub struct Options {
     pub json: bool,
     /// Print no events.
     pub quiet: bool,
+    /// How to log.
+    pub log_format: LogFormat,
 }
 
 /// Events that wait for a slow reader before the ring buffers fill up.
@@ -46,10 +49,13 @@ const CLIENT_QUEUE_LEN: usize = 4096;
 /// How often to look at the devices anew although the kernel has told of no change.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Runs until SIGINT or SIGTERM, or until nobody reads what it prints.
-pub async fn run(options: Options) -> Result<()> {
+/// Runs until SIGINT or SIGTERM, or until nobody reads what it prints. On SIGHUP, `reread` tells what
+/// to run from then on.
+pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageError>) -> Result<()> {
+    let current = options.clone();
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     raise_memlock_limit();
 
     // What needs more privileges than it goes on with comes first, and threads come later: they
@@ -86,6 +92,13 @@ pub async fn run(options: Options) -> Result<()> {
         tokio::select! {
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
+            _ = hangup.recv() => match reread() {
+                Ok(options) => {
+                    warn_of_restart(&current, &options);
+                    supervisor.reconfigure(options.watch).await;
+                }
+                Err(error) => tracing::warn!("the configuration stays as it was: {error}"),
+            },
             () = to_printer.closed() => break,
             () = changes.next() => supervisor.follow().await,
             _ = look.tick() => supervisor.follow().await,
@@ -111,6 +124,24 @@ pub async fn run(options: Options) -> Result<()> {
     match printer.join() {
         Ok(outcome) => outcome.context("cannot write to standard output"),
         Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// Says which changes a running daemon cannot follow.
+fn warn_of_restart(current: &Options, new: &Options) {
+    let kept = Options {
+        watch: supervisor::Options {
+            interfaces: new.watch.interfaces.clone(),
+            wish: new.watch.wish.clone(),
+            ..current.watch.clone()
+        },
+        ..current.clone()
+    };
+    if kept != *new {
+        tracing::warn!(
+            "attach, ring-kib, socket, socket-group, metrics, json, quiet and log-format change \
+             with the next start only"
+        );
     }
 }
 

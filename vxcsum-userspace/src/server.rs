@@ -30,7 +30,7 @@ pub const MAX_CLIENTS: usize = 1024;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where to listen, and who may connect.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Options {
     /// The path; [`DEFAULT_SOCKET`] where it is left open.
     pub path: Option<PathBuf>,

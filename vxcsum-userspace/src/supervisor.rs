@@ -18,7 +18,7 @@ use crate::plan::{Plan, Wish};
 use crate::program::{LoadOptions, Program};
 
 /// What to watch, and how.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The interfaces to watch; where there are none, the underlays of all VXLAN devices.
     pub interfaces: Vec<String>,
@@ -226,6 +226,14 @@ impl Supervisor {
                 Err(error) => self.complain(format!("{name}: {error:#}")),
             }
         }
+    }
+
+    /// Watches by other options from now on. Those that programs are loaded and attached with are
+    /// kept: they take a restart.
+    pub async fn reconfigure(&mut self, options: Options) {
+        self.options.interfaces = options.interfaces;
+        self.options.wish = options.wish;
+        self.follow().await;
     }
 
     /// Switches the fix mode of all interfaces, from the next packet on.
