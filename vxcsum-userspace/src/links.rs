@@ -84,6 +84,25 @@ pub struct Vxlan {
     pub routed_by: BTreeSet<u32>,
 }
 
+/// How many packets each interface has sent, by index.
+pub async fn sent_packets() -> Result<BTreeMap<u32, u64>, LinksError> {
+    let failed = |source| LinksError { what: "its interfaces", source };
+    let (connection, handle, _) =
+        rtnetlink::new_connection().map_err(|error| failed(error.into()))?;
+    let connection = tokio::spawn(connection);
+    let mut sent = BTreeMap::new();
+    let mut answers = pin!(handle.link().get().execute());
+    while let Some(link) = answers.try_next().await.map_err(|error| failed(error.into()))? {
+        let packets = link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Stats64(stats) => Some(stats.tx_packets),
+            _ => None,
+        });
+        sent.extend(packets.map(|packets| (link.header.index, packets)));
+    }
+    connection.abort();
+    Ok(sent)
+}
+
 impl Links {
     /// Asks the kernel.
     pub async fn read() -> Result<Self, LinksError> {

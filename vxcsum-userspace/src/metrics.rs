@@ -255,7 +255,12 @@ mod tests {
         let mut counters = Counters { not_vxlan: 5, restored: 2, ..Counters::default() };
         let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
         (tally.skbs, tally.packets, tally.bytes) = (3, 4, 500);
-        vec![Counted { name: "eth0".to_owned(), method: Some(Method::Tcx), counters }]
+        vec![Counted {
+            name: "eth0".to_owned(),
+            method: Some(Method::Tcx),
+            counters,
+            sent_packets: None,
+        }]
     }
 
     #[test]

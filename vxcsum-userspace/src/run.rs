@@ -1,5 +1,6 @@
 //! `vxcsum run`: the daemon, in the foreground as service managers want it.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -18,6 +19,7 @@ use vxcsum_common::layout::SkbLayout;
 use crate::changes::Changes;
 use crate::cli::{LogFormat, UsageError};
 use crate::event::Event;
+use crate::links::sent_packets;
 use crate::metrics;
 use crate::privileges::drop_privileges;
 use crate::server::{self, Request, Server};
@@ -105,7 +107,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
             _ = alive.tick() => {
                 let _ = sd_notify::notify(&[NotifyState::Watchdog]);
             }
-            Some(request) = requested.recv() => answer(request, &mut supervisor),
+            Some(request) = requested.recv() => answer(request, &mut supervisor).await,
         }
     }
 
@@ -151,14 +153,16 @@ fn watchdog_interval() -> Duration {
     sd_notify::watchdog_enabled().map_or(NOBODY_LISTENS, |interval| interval / 2)
 }
 
-fn answer(request: Request, supervisor: &mut Supervisor) {
+async fn answer(request: Request, supervisor: &mut Supervisor) {
     // An answer that nobody waits for any more is dropped.
     match request {
         Request::Status(reply) => {
-            let summary = supervisor.counted().map(|it| Summary::new(supervisor.fix(), it));
+            // Only tells whether the program is starved: counters are there without it.
+            let sent = sent_packets().await.unwrap_or_default();
+            let summary = supervisor.counted(&sent).map(|it| Summary::new(supervisor.fix(), it));
             let _ = reply.send(summary);
         }
-        Request::Count(reply) => _ = reply.send(supervisor.counted()),
+        Request::Count(reply) => _ = reply.send(supervisor.counted(&BTreeMap::new())),
         Request::Fix(mode, reply) => _ = reply.send(supervisor.set_fix(mode)),
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use futures_util::{SinkExt as _, StreamExt as _};
-use nix::unistd::{Group, chown};
+use nix::unistd::{Group, chown, getegid};
 use serde::Serialize;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
@@ -94,7 +94,8 @@ impl Server {
         let server = Self { listener, path: path.to_owned() };
         let mode = if group.is_some() { 0o660 } else { 0o600 };
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-        if group.is_some() {
+        // The own group needs no CAP_CHOWN, which a service may be without.
+        if group.is_some_and(|group| group != getegid()) {
             chown(path, None, group)?;
         }
         Ok(server)

@@ -42,6 +42,9 @@ pub struct Interface {
     /// By the name of the verdict.
     verdicts: BTreeMap<String, OnWire>,
     fixed: u64,
+    /// What the interface itself says that it has sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nic_packets: Option<u64>,
 }
 
 /// Packets and bytes on the wire.
@@ -55,7 +58,7 @@ impl Summary {
     /// Of all interfaces, by what their programs have counted.
     pub fn new(fix: FixMode, interfaces: Vec<Counted>) -> Self {
         let mut summary = Self { fix, events: Events::default(), interfaces: Vec::new() };
-        for Counted { name, method: attach, counters } in interfaces {
+        for Counted { name, method: attach, counters, sent_packets } in interfaces {
             summary.events.emitted += counters.reported(Report::Emitted).skbs;
             summary.events.suppressed += counters.reported(Report::Suppressed).skbs;
             summary.events.lost += counters.reported(Report::Lost).skbs;
@@ -71,6 +74,7 @@ impl Summary {
                 not_vxlan: counters.not_vxlan,
                 verdicts: verdicts.collect(),
                 fixed: counters.zeroed + counters.restored,
+                nic_packets: sent_packets,
             });
         }
         summary
@@ -95,13 +99,26 @@ struct Table<'a> {
 }
 
 impl Table<'_> {
+    fn earlier(&self, interface: &Interface) -> Option<&Interface> {
+        let (earlier, _) = self.earlier?;
+        earlier.interfaces.iter().find(|other| other.name == interface.name)
+    }
+
+    /// Packets that the NIC has sent since the earlier summary, none of which came by.
+    fn starved(&self, interface: &Interface) -> Option<u64> {
+        /// Counters are not read at the same instant.
+        const CHANCE: u64 = 3;
+        let earlier = self.earlier(interface)?;
+        let sent = interface.nic_packets?.saturating_sub(earlier.nic_packets?);
+        let is_attached = interface.attach.is_some() && earlier.attach.is_some();
+        (is_attached && interface.skbs == earlier.skbs && sent > CHANCE).then_some(sent)
+    }
+
     /// Packets a second, where there is an earlier summary.
     fn rate(&self, interface: &Interface, verdict: &str) -> Option<f64> {
-        let (earlier, apart) = self.earlier?;
-        let before = earlier
-            .interfaces
-            .iter()
-            .find(|other| other.name == interface.name)
+        let (_, apart) = self.earlier?;
+        let before = self
+            .earlier(interface)
             .and_then(|other| other.verdicts.get(verdict))
             .map_or(0, |on_wire| on_wire.packets);
         let now = interface.verdicts.get(verdict).map_or(0, |on_wire| on_wire.packets);
@@ -126,6 +143,15 @@ impl Display for Table<'_> {
                 interface.skbs,
                 interface.not_vxlan
             )?;
+            if let Some(sent) = self.starved(interface) {
+                writeln!(
+                    f,
+                    "  STARVED: the NIC has sent {sent} packets meanwhile, none came by vxcsum: a \
+                     program before it ends the chain (see `bpftool net`, `tc filter show dev {} \
+                     egress`)",
+                    interface.name
+                )?;
+            }
             // In the order of the codes, not of the names.
             for verdict in Verdict::ALL {
                 let name = verdict.as_str();
@@ -166,7 +192,12 @@ mod tests {
         let mut counters = Counters { not_vxlan: 2, zeroed: 1, ..Counters::default() };
         let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
         (tally.skbs, tally.packets, tally.bytes) = (packets, packets, packets * 100);
-        vec![Counted { name: "eth0".to_owned(), method: Some(Method::Tcx), counters }]
+        vec![Counted {
+            name: "eth0".to_owned(),
+            method: Some(Method::Tcx),
+            counters,
+            sent_packets: None,
+        }]
     }
 
     #[test]
@@ -193,6 +224,19 @@ mod tests {
         let table = now.table(&earlier, Duration::from_secs(2)).to_string();
         let row = table.lines().find(|line| line.contains("stale_nat")).unwrap();
         assert!(row.contains("1.0/s") && row.ends_with("broken"), "{table}");
+        assert!(!table.contains("STARVED"), "{table}");
         assert!(table.ends_with("fix off; events: 5 emitted, 0 suppressed, 0 lost"), "{table}");
+    }
+
+    #[test]
+    fn an_interface_that_sends_past_vxcsum_is_pointed_out() {
+        let at = |sent| {
+            let mut counted = counted(3);
+            counted[0].sent_packets = Some(sent);
+            Summary::new(FixMode::Off, counted)
+        };
+        let table = |sent| at(sent).table(&at(100), Duration::from_secs(1)).to_string();
+        assert!(table(200).contains("STARVED: the NIC has sent 100 packets"), "{}", table(200));
+        assert!(!table(100).contains("STARVED"), "{}", table(100));
     }
 }

@@ -50,6 +50,8 @@ pub struct Counted {
     pub method: Option<Method>,
     /// On all CPUs, from the start of the daemon.
     pub counters: Counters,
+    /// Packets that the interface itself says it has sent, where it was asked.
+    pub sent_packets: Option<u64>,
 }
 
 /// All watched interfaces.
@@ -251,12 +253,16 @@ impl Supervisor {
         self.options.wish.fix
     }
 
-    /// What has been counted so far.
-    pub fn counted(&self) -> Result<Vec<Counted>> {
+    /// What has been counted so far, beside what the interfaces say that they have sent.
+    pub fn counted(&self, sent_packets: &BTreeMap<u32, u64>) -> Result<Vec<Counted>> {
         let mut counted = Vec::new();
-        for Watched { name, program, attachment, .. } in self.watched.values() {
-            let (name, method) = (name.clone(), Some(attachment.method));
-            counted.push(Counted { name, method, counters: program.counters()? });
+        for (index, Watched { name, program, attachment, .. }) in &self.watched {
+            counted.push(Counted {
+                name: name.clone(),
+                method: Some(attachment.method),
+                counters: program.counters()?,
+                sent_packets: sent_packets.get(index).copied(),
+            });
         }
         Ok(self.with_past(counted))
     }
@@ -268,7 +274,7 @@ impl Supervisor {
         while let Some((_, watched)) = self.watched.pop_first() {
             let name = watched.name.clone();
             let (method, counters) = watched.end().await?;
-            counted.push(Counted { name, method: Some(method), counters });
+            counted.push(Counted { name, method: Some(method), counters, sent_packets: None });
         }
         Ok(self.with_past(counted))
     }
@@ -278,7 +284,8 @@ impl Supervisor {
             match counted.iter_mut().find(|other| other.name == *name) {
                 Some(now) => now.counters = now.counters.plus(past),
                 None => {
-                    counted.push(Counted { name: name.clone(), method: None, counters: *past });
+                    let (name, counters) = (name.clone(), *past);
+                    counted.push(Counted { name, method: None, counters, sent_packets: None });
                 }
             }
         }
