@@ -376,7 +376,7 @@ struct Question<'a, P, W> {
 impl<P: Packet, W: Watch> Question<'_, P, W> {
     /// Whether NAT explains the field.
     ///
-    /// `udp_manip_pkt` (net/netfilter/nf_nat_proto.c) takes the complete sum in the field for a
+    /// `udp_manip_pkt` (`net/netfilter/nf_nat_proto.c`) takes the complete sum in the field for a
     /// pseudo-header sum, because `ip_summed` says so of the inner packet. A new port is then not
     /// folded in at all, and a new address with the wrong sign: the field is off by the change of
     /// the port and by twice the change of the address.

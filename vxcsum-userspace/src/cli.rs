@@ -60,7 +60,7 @@ pub struct TailArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Only events with this verdict: mangled_zero, stale_nat or bad
+    /// Only events with this verdict: `mangled_zero`, `stale_nat` or `bad`
     #[arg(long, value_name = "VERDICT", num_args = 1.., value_parser = broken_verdict)]
     verdict: Vec<String>,
 
@@ -139,6 +139,7 @@ Exit codes: 0 ended by a signal or a closed pipe, 2 wrong usage or cannot run.";
 
 /// Options of `vxcsum run`.
 #[derive(Args, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 pub struct RunArgs {
     /// Underlay interfaces to watch, instead of those that the VXLAN devices leave by
     #[arg(long, value_name = "IF", num_args = 1..)]
@@ -192,7 +193,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "GROUP")]
     socket_group: Option<String>,
 
-    /// Serve metrics for Prometheus at http://ADDRESS/metrics
+    /// Serve metrics for Prometheus over HTTP, at /metrics of this address
     #[arg(long, value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
 

@@ -94,7 +94,7 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 enum Format {
     /// Prometheus text 0.0.4.
     Text,
-    /// OpenMetrics 1.0.
+    /// `OpenMetrics` 1.0.
     OpenMetrics,
 }
 
@@ -123,7 +123,7 @@ impl Format {
     }
 }
 
-/// OpenMetrics names a counter's family without the suffix that its samples have, and ends with a
+/// `OpenMetrics` names a counter's family without the suffix that its samples have, and ends with a
 /// mark; the older text format does neither.
 fn to_prometheus_text(open_metrics: &str) -> String {
     let mut counters = Vec::new();
@@ -138,7 +138,9 @@ fn to_prometheus_text(open_metrics: &str) -> String {
         let mut words = line.splitn(4, ' ');
         match (words.next(), words.next(), words.next(), words.next()) {
             (Some("#"), Some(kind), Some(name), Some(rest)) if counters.contains(&name) => {
-                text.push_str(&format!("# {kind} {name}_total {rest}\n"));
+                for part in ["# ", kind, " ", name, "_total ", rest, "\n"] {
+                    text.push_str(part);
+                }
             }
             _ => {
                 text.push_str(line);

@@ -10,7 +10,6 @@ macro_rules! by_name {
         pub mod $module {
             use super::*;
 
-            #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
             pub(crate) fn serialize<S: Serializer>(
                 value: &$type,
                 serializer: S,
@@ -45,7 +44,11 @@ pub mod optional_method {
     #[derive(Deserialize, Serialize)]
     struct Named(#[serde(with = "super::method")] Method);
 
-    #[expect(clippy::ref_option, reason = "the signature is serde's")]
+    #[expect(
+        clippy::ref_option,
+        clippy::trivially_copy_pass_by_ref,
+        reason = "the signature is serde's"
+    )]
     pub(crate) fn serialize<S: Serializer>(
         value: &Option<Method>,
         serializer: S,

@@ -149,7 +149,7 @@ fn warn_of_restart(current: &Options, new: &Options) {
 
 /// How often to tell the service manager that all is well: twice as often as it wants to hear it.
 fn watchdog_interval() -> Duration {
-    const NOBODY_LISTENS: Duration = Duration::from_secs(3600);
+    const NOBODY_LISTENS: Duration = Duration::from_hours(1);
     sd_notify::watchdog_enabled().map_or(NOBODY_LISTENS, |interval| interval / 2)
 }
 

@@ -110,7 +110,7 @@ impl Supervisor {
             }
         }
         if wanted.is_empty() {
-            self.complain("there is no VXLAN device yet: waiting for one".to_owned());
+            self.complain("there is no VXLAN device yet: waiting for one");
         }
         Ok(())
     }
@@ -119,7 +119,7 @@ impl Supervisor {
     pub async fn follow(&mut self) {
         let links = match Links::read().await {
             Ok(links) => links,
-            Err(error) => return self.complain(error.to_string()),
+            Err(error) => return self.complain(&error.to_string()),
         };
         let wanted = self.wanted(&links);
         let gone: Vec<u32> =
@@ -143,15 +143,15 @@ impl Supervisor {
             complaints.insert("there is no VXLAN device: waiting for one".to_owned());
         }
         for complaint in &complaints {
-            self.complain(complaint.clone());
+            self.complain(complaint);
         }
         // What does not hold any more may be said again.
         self.complaints = complaints;
     }
 
     /// Says something once.
-    fn complain(&mut self, complaint: String) {
-        if self.complaints.insert(complaint.clone()) {
+    fn complain(&mut self, complaint: &str) {
+        if self.complaints.insert(complaint.to_owned()) {
             tracing::warn!("{complaint}");
         }
     }
@@ -225,7 +225,7 @@ impl Supervisor {
                     let past = self.past.entry(name).or_default();
                     *past = past.plus(&counters);
                 }
-                Err(error) => self.complain(format!("{name}: {error:#}")),
+                Err(error) => self.complain(&format!("{name}: {error:#}")),
             }
         }
     }
@@ -281,12 +281,11 @@ impl Supervisor {
 
     fn with_past(&self, mut counted: Vec<Counted>) -> Vec<Counted> {
         for (name, past) in &self.past {
-            match counted.iter_mut().find(|other| other.name == *name) {
-                Some(now) => now.counters = now.counters.plus(past),
-                None => {
-                    let (name, counters) = (name.clone(), *past);
-                    counted.push(Counted { name, method: None, counters, sent_packets: None });
-                }
+            if let Some(now) = counted.iter_mut().find(|other| other.name == *name) {
+                now.counters = now.counters.plus(past);
+            } else {
+                let (name, counters) = (name.clone(), *past);
+                counted.push(Counted { name, method: None, counters, sent_packets: None });
             }
         }
         counted
