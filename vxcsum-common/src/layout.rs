@@ -91,6 +91,15 @@ impl Ports {
         })
     }
 
+    /// Takes over what `before` has learned about the same ports.
+    pub fn carry_lessons(&mut self, before: &Self) {
+        for slot in &mut self.slots {
+            if let Some(known) = before.get(slot.port) {
+                (slot.seen_ipv4, slot.seen_ipv6) = (known.seen_ipv4, known.seen_ipv6);
+            }
+        }
+    }
+
     /// The slot of a port number.
     #[inline(always)]
     pub const fn slot(&self, port: u16) -> usize {
@@ -438,6 +447,17 @@ mod tests {
                 assert_eq!(found, many[..count].contains(&number).then_some(number));
             }
         }
+    }
+
+    #[test]
+    fn lessons_stay_with_their_port() {
+        let mut before = Ports::new(&[port(8472), port(4789)]).unwrap();
+        let slot = before.slot(8472);
+        before.slots[slot].seen_ipv4 = SEEN_ZERO;
+        let mut after = Ports::new(&[port(8472), port(1)]).unwrap();
+        after.carry_lessons(&before);
+        assert_eq!(after.get(8472).unwrap().policy(false), Policy::Zero);
+        assert_eq!(after.get(1).unwrap().policy(false), Policy::Unknown);
     }
 
     #[test]

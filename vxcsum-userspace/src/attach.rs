@@ -7,6 +7,7 @@ use std::io;
 use aya::programs::links::LinkOrder;
 use aya::programs::tc::{self, NlOptions, SchedClassifierLinkId, TcAttachOptions, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TcError};
+use nix::unistd::geteuid;
 use thiserror::Error;
 use tokio::net::unix::UCred;
 
@@ -163,7 +164,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 /// kernel takes it back however the process ends.
 #[derive(Debug)]
 pub struct Claim {
-    _socket: tokio::net::UnixListener,
+    _socket: Option<tokio::net::UnixListener>,
 }
 
 impl Claim {
@@ -183,7 +184,7 @@ impl Claim {
             Ok(socket) => {
                 socket.set_nonblocking(true).map_err(refused)?;
                 let socket = tokio::net::UnixListener::from_std(socket).map_err(refused)?;
-                Ok(Self { _socket: socket })
+                Ok(Self { _socket: Some(socket) })
             }
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 let peer = UnixStream::connect_addr(&address)
@@ -192,16 +193,24 @@ impl Claim {
                         tokio::net::UnixStream::from_std(stream)?.peer_cred()
                     })
                     .ok();
-                Err(AttachError::Taken { interface: interface.to_owned(), process: process(peer) })
+                // The name is open to everybody, and nobody without privileges may keep us out.
+                let is_impostor = |uid| uid != 0 && uid != geteuid().as_raw();
+                if let Some(peer) = peer.filter(|peer| is_impostor(peer.uid())) {
+                    tracing::warn!(
+                        "process {} of user {} pretends to watch {interface}: going on",
+                        process(Some(&peer)),
+                        peer.uid()
+                    );
+                    return Ok(Self { _socket: None });
+                }
+                let process = process(peer.as_ref());
+                Err(AttachError::Taken { interface: interface.to_owned(), process })
             }
             Err(error) => Err(refused(error)),
         }
     }
 }
 
-fn process(peer: Option<UCred>) -> String {
-    match peer.as_ref().and_then(UCred::pid) {
-        Some(pid) => format!("{pid}"),
-        None => "unknown".to_owned(),
-    }
+fn process(peer: Option<&UCred>) -> String {
+    peer.and_then(UCred::pid).map_or_else(|| "unknown".to_owned(), |pid| pid.to_string())
 }

@@ -305,7 +305,9 @@ impl Watched {
                 self.program.remove_device(key)?;
             }
         }
-        self.program.configure(plan.config())?;
+        let mut config = *plan.config();
+        config.ports.carry_lessons(&self.program.config()?.ports);
+        self.program.configure(&config)?;
         tracing::info!("watching {} ({}): {plan}", self.name, self.attachment.method.as_str());
         self.source.send_replace(Arc::new(Source { interface: self.name.clone(), plan }));
         Ok(())
