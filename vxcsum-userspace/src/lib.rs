@@ -1,6 +1,7 @@
 //! The parts of the `vxcsum` command, for its binary and for the workspace's tests.
 
 pub mod attach;
+mod btf;
 pub mod changes;
 pub mod cli;
 pub mod client;

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use btfparse::{ErrorKind, Offset, Readable, TypeInformation};
 use thiserror::Error;
 use vxcsum_common::layout::SkbLayout;
+
+use crate::btf::Btf;
 
 /// The kernel's description of its own types (since 5.4, where built in).
 pub const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -39,15 +40,10 @@ pub fn read(path: &Path) -> Result<SkbLayout, LayoutError> {
 }
 
 fn of_btf(bytes: &[u8]) -> Result<SkbLayout, String> {
-    let types = TypeInformation::new(&Bytes(bytes)).map_err(|error| error.message().to_owned())?;
-    let sk_buff = types.id_of("sk_buff").ok_or("there is no struct sk_buff")?;
-    let bits = |field: &str| match types.offset_of(sk_buff, field) {
-        Ok((_, Offset::ByteOffset(bytes))) => Ok(bytes * 8),
-        Ok((_, Offset::BitOffsetAndSize(bits, _))) => Ok(bits),
-        Err(error) => Err(format!("struct sk_buff has no usable {field}: {}", error.message())),
-    };
-    let unusable = |field: &str| format!("struct sk_buff has {field} where it cannot be read");
-    let bytes = |field: &str| match (bits(field)?, u16::try_from(bits(field)? / 8)) {
+    let btf = Btf::new(bytes).ok_or("it is no BTF, or that of a later kernel")?;
+    let unusable = |field: &str| format!("struct sk_buff has no usable {field}");
+    let bits = |field| btf.bit_offset("sk_buff", field).ok_or_else(|| unusable(field));
+    let bytes = |field| match (bits(field)?, u16::try_from(bits(field)? / 8)) {
         (bits, Ok(bytes)) if bits.is_multiple_of(8) => Ok(bytes),
         _ => Err(unusable(field)),
     };
@@ -68,20 +64,6 @@ fn of_btf(bytes: &[u8]) -> Result<SkbLayout, String> {
     })
 }
 
-/// Bytes as the BTF parser wants them.
-struct Bytes<'a>(&'a [u8]);
-
-impl Readable for Bytes<'_> {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> btfparse::Result<()> {
-        let bytes = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.0.get(offset..)?.get(..buffer.len()))
-            .ok_or_else(|| btfparse::Error::new(ErrorKind::IOError, "the file ends too early"))?;
-        buffer.copy_from_slice(bytes);
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,6 +74,18 @@ mod tests {
         assert_eq!(layout.is_known, 1);
         assert_eq!(layout.csum_offset, layout.csum_start + 2, "{layout:?}");
         assert_eq!(layout.data, layout.head + 8, "{layout:?}");
+    }
+
+    #[test]
+    fn bytes_that_are_no_btf_are_refused() {
+        let mut bytes = fs::read(VMLINUX_BTF).unwrap();
+        assert!(of_btf(b"").is_err());
+        assert!(of_btf(&[0xff; 64]).is_err());
+        // Every type becomes one that no kernel has yet.
+        for byte in &mut bytes[24..4096] {
+            *byte = 0xff;
+        }
+        assert!(of_btf(&bytes).is_err());
     }
 
     #[test]
