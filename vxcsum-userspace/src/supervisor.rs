@@ -200,6 +200,7 @@ impl Supervisor {
         let name = link.name.clone();
         let watched = Watched { name, program, attachment, claim, source, stop, reader };
         self.watched.insert(link.index, watched);
+        give_back_memory();
         Ok(())
     }
 
@@ -389,6 +390,16 @@ impl log::Log for StderrLog {
     }
 
     fn flush(&self) {}
+}
+
+/// Loading takes tens of megabytes for a moment (aya reads all types of the kernel). The allocator
+/// would keep them.
+fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: may be called at any time; it only returns what is not in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// What the VXLAN driver takes its source ports from by default.
