@@ -13,7 +13,7 @@ use vxcsum_common::{Device, Offload, Policy, Proof, Verdict, Watch};
 
 use crate::packets::{
     Check, Ethernet, Extension, Frame, Ip, Network, SERVICE_VLAN, SegmentSum, Tcp, Transport, Udp,
-    VLAN, Vxlan,
+    UDP_CHECK, VLAN, Vxlan,
 };
 
 /// The watched port.
@@ -159,7 +159,7 @@ const ONE_PORT: Device = Device {
 
 impl Case {
     /// A packet of a device that sends sums and of which nothing else is known.
-    fn new(name: impl Into<String>, frame: Frame, expected: Expected) -> Self {
+    pub fn new(name: impl Into<String>, frame: Frame, expected: Expected) -> Self {
         // Whatever has an open sum has it because the NIC is to fill it in.
         let truth = match frame.open {
             Some((start, field)) => Offload::Partial { start, field },
@@ -418,6 +418,41 @@ fn healthy(family: Family) -> Result<Vec<Case>> {
 
 /// What may be inside: the outer sum is right over it, and known to be wrong where it is.
 fn inner_packets(family: Family) -> Result<Vec<Case>> {
+    let mut cases = well_formed_inner_packets(family)?;
+    // Where the inner header contradicts itself, or the segment is not whole, nobody leaves a sum
+    // to the NIC: one that looks open is not, and all bytes decide.
+    let segment = |sum| Ip { len: None, ..inner_ip(tcp(sum)) };
+    for (name, len, ip) in [
+        ("a first fragment", 20, Ip { fragment: (0, true), ..segment(SegmentSum::Open) }),
+        ("a later fragment", 20, Ip { fragment: (7, false), ..segment(SegmentSum::Open) }),
+        ("less than a TCP header", 10, Ip { len: Some(30), ..segment(SegmentSum::Open) }),
+        ("more than there is", 21, Ip { len: Some(41), ..segment(SegmentSum::Open) }),
+    ] {
+        let frame = looks_open(family, &ip, len)?;
+        cases.push(Case::broken(format!("{name}, looks open"), frame, BAD));
+    }
+    Ok(cases)
+}
+
+/// A frame that is right if the sum of the inner TCP segment is open and the segment is so long.
+fn looks_open(family: Family, inner: &Ip, len: u16) -> Result<Frame> {
+    let open = family.frame(Check::Right, &inner.clone().into())?;
+    let Some((start, field)) = open.open else { anyhow::bail!("no open sum") };
+    let real_len = u16::try_from(open.bytes.len() - start)?;
+    // The length is in the pseudo-header, and so in both sums.
+    let moved = |at: usize| {
+        let sum = Sum16BitWords::new()
+            .add_slice(&open.bytes[at..at + 2])
+            .add_2bytes(len.to_be_bytes())
+            .add_2bytes((!real_len).to_be_bytes());
+        !u16::from_be(sum.ones_complement())
+    };
+    let transport = tcp(SegmentSum::Value(moved(field)));
+    let check = Check::Value(moved(open.udp + UDP_CHECK));
+    family.frame(check, &Ip { transport, ..inner.clone() }.into())
+}
+
+fn well_formed_inner_packets(family: Family) -> Result<Vec<Case>> {
     use SegmentSum::{Complete, Open, Value};
     let fragment = |fragment, transport| Ip { fragment, ..inner_ip(transport) };
     let extended = |extensions: &[Extension], transport| Ip {
@@ -539,6 +574,19 @@ fn broken(family: Family) -> Result<Vec<Case>> {
     let by_hash = Check::Stale { old_port: port_of_hash, old_address: None };
     let mut cases = vec![
         Case::broken("0xffff on a zero device", value(0xffff)?, MANGLED).policy(Policy::Zero),
+        Case::broken(
+            "0xffff on a zero device, GSO, inner frame of 5 bytes",
+            {
+                let cut = Vxlan {
+                    inner_len: Some(5),
+                    ..Vxlan::new(SOURCE_PORT, Check::Value(0xffff), open_tcp())
+                };
+                Frame::new(&family.ip(Transport::Vxlan(cut)).into())?
+            },
+            Broken { is_sum_told: false, ..MANGLED },
+        )
+        .policy(Policy::Zero)
+        .segments(2),
         Case::broken("any value on a zero device", value(0x1357)?, MANGLED).policy(Policy::Zero),
         Case::broken(
             "0xffff on a zero device, inner sum complete",
@@ -635,6 +683,16 @@ fn broken(family: Family) -> Result<Vec<Case>> {
         }, Broken { is_sum_told: false, ..BAD })
         .segments(2),
     ];
+    // The NIC is to sum from the outer UDP header on, into a field that does not hold what it
+    // starts from. What it will make of that is wrong, and there is no right sum before.
+    for before in [0, 8] {
+        let frame = family.frame(Check::Value(0x1357), &complete)?;
+        let start = frame.udp - before;
+        let name = format!("open from {before} bytes before the outer UDP header, not pending");
+        let mut case = Case::broken(name, frame, Broken { is_sum_told: false, ..BAD });
+        case.offloads = vec![Offload::Partial { start, field: case.frame.udp + UDP_CHECK }];
+        cases.push(case);
+    }
     if is_v4 {
         // The pseudo-header of the other family has another sum.
         cases.push(Case::broken(
@@ -799,7 +857,8 @@ fn pending(family: Family) -> Result<u16> {
 fn tuned_frame(family: Family, check: Check, right: u16) -> Result<Frame> {
     let frame = |check, word: u16| {
         let bytes = [&word.to_be_bytes()[..], &[0x5a; 44]].concat();
-        family.frame(check, &Ethernet::of(Network::Other { ethertype: 0x88cc, bytes }))
+        // In ARP no sum is ever open.
+        family.frame(check, &Ethernet::of(Network::Other { ethertype: 0x0806, bytes }))
     };
     // Adding a word to the data takes it away from the sum, which is the complement.
     let untuned = frame(Check::Right, 0)?.check()?;
@@ -1102,6 +1161,14 @@ fn ipv4_headers() -> Result<Vec<Case>> {
         let frame = with(Check::Right, &|ip| ip.first_byte = Some(0x40 | words))?;
         cases.push(Case::not_vxlan(format!("IPv4 header length of {words} words"), frame));
     }
+    // Taken at its word, one of four words would end at something that sends to the watched port
+    // and has the I flag: the end of the address, and the length of the real UDP header.
+    cases.push(Case::not_vxlan("IPv4 header length of 4 words, and VXLAN behind that", {
+        let inner = inner_ip(udp(SegmentSum::Complete, 0x0800)).into();
+        let destination = Ipv4Addr::from_bits(0x0a00_0000 | u32::from(PORT));
+        let ip = Ip::v4(vxlan(Check::Right, &inner));
+        Frame::new(&Ip { destination: destination.into(), first_byte: Some(0x44), ..ip }.into())?
+    }));
     // A longer header than there is moves everything; what comes to lie where the UDP header is
     // looked for sends to another port.
     for words in 6..16 {
@@ -1259,7 +1326,9 @@ fn cut_short() -> Result<Vec<Case>> {
             let name = format!("{name}, cut to {len} bytes{boundary}");
             // One that NAT has broken, and that no fix mode may touch as long as something is
             // missing.
-            let case = Case::new(name, frame.clone().cut(len), expected).device(ONE_PORT);
+            let mut case = Case::new(name, frame.clone().cut(len), expected).device(ONE_PORT);
+            // Nothing that could be said of an open sum changes anything.
+            case.offloads.push(Offload::Complete);
             let whole = len == frame.bytes.len();
             cases.push(if whole { case } else { case.fix(FixMode::Restore).unproven() });
         }
@@ -1394,7 +1463,7 @@ fn senders() -> Result<Vec<Case>> {
     ])
 }
 
-/// Packets that are more than the BPF program may sum.
+/// Jumbo frames.
 fn long() -> Result<Vec<Case>> {
     let complete: Ethernet = inner_ip(udp(SegmentSum::Complete, 8900)).into();
     let frame = |check, inner| Family::V4.frame(check, inner);
@@ -1402,4 +1471,47 @@ fn long() -> Result<Vec<Case>> {
         Case::quiet("9,000 bytes, right", frame(Check::Right, &complete)?, Verdict::Valid),
         Case::broken("9,000 bytes, wrong", frame(Check::Value(0x1234), &complete)?, BAD),
     ])
+}
+
+/// Packets that are longer than the BPF program may sum, 9,000 bytes and a bit; for it alone.
+pub fn beyond_full_sums() -> Result<Vec<Case>> {
+    let mut cases = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        let complete: Ethernet = inner_ip(udp(SegmentSum::Complete, 20_000)).into();
+        let open: Ethernet = inner_ip(udp(SegmentSum::Open, 20_000)).into();
+        let frame = |check, inner| family.frame(check, inner);
+        let wrong = Check::Value(0x1234);
+        let name = |what: &str| format!("{}, 20,000 bytes: {what}", family.name());
+        let unverified = |what, frame| Case::quiet(name(what), frame, Verdict::Unverified);
+        cases.extend([
+            unverified("complete, right", frame(Check::Right, &complete)?),
+            unverified("complete, wrong", frame(wrong, &complete)?),
+            unverified("complete, stale", family.stale(&complete)?).device(ONE_PORT),
+            Case::broken(
+                name("complete, on a zero device"),
+                frame(Check::Value(0xffff), &complete)?,
+                Broken { is_sum_told: false, ..MANGLED },
+            )
+            .policy(Policy::Zero),
+            Case::quiet(name("no sum"), frame(Check::Zero, &complete)?, Verdict::Missing),
+            Case::quiet(
+                name("pending"),
+                frame(Check::Pending, &complete)?,
+                Verdict::OffloadPending,
+            ),
+            Case::quiet(name("open, right"), frame(Check::Right, &open)?, Verdict::Valid),
+            Case::broken(
+                name("open, stale"),
+                family.stale(&open)?,
+                stale(Proof::FlowHash).then(Action::Restored, After::Right),
+            )
+            .device(ONE_PORT)
+            .fix(FixMode::Restore),
+            // One complete sum in 65,536 looks open.
+            unverified("open, wrong, offload state unknown", frame(wrong, &open)?)
+                .offload_unknown(),
+            Case::broken(name("open, wrong"), frame(wrong, &open)?, BAD).offload_known(),
+        ]);
+    }
+    Ok(cases)
 }

@@ -1,35 +1,17 @@
 //! One table of packets, through the common crate and through the BPF program in the kernel.
 
 mod test_run;
+mod wire;
 
 use std::collections::BTreeSet;
 
-use internet_checksum::Checksum;
-use test_run::{Kernel, Outcome, in_user_space};
-use vxcsum_common::layout::{DeviceKey, SEEN_SUM, SEEN_ZERO};
-use vxcsum_common::{Device, Offload, Policy, Verdict};
+use test_run::{Kernel, Outcome, TestRun, Way, in_user_space, right_sum};
+use vxcsum::program::Program;
+use vxcsum_common::layout::{SEEN_SUM, SEEN_ZERO};
+use vxcsum_common::{Offload, Policy, Verdict};
 use vxcsum_tests::cases::{self, After, Broken, Case, Expected, Known, PORT};
 use vxcsum_tests::packets::UDP_CHECK;
-
-/// The UDP checksum that a receiver finds right, over the packet with all sums filled in.
-fn right_sum(case: &Case) -> u16 {
-    let frame = &case.frame;
-    let bytes = &frame.finished;
-    let len = usize::from(u16::from_be_bytes([bytes[frame.udp + 4], bytes[frame.udp + 5]]));
-    let mut sum = Checksum::new();
-    let is_ipv6 = bytes[frame.ip] >> 4 == 6;
-    let addresses = if is_ipv6 { 8..40 } else { 12..20 };
-    sum.add_bytes(&bytes[frame.ip..][addresses]);
-    sum.add_bytes(&[0, 17]);
-    sum.add_bytes(&(len as u16).to_be_bytes());
-    let datagram = &bytes[frame.udp..frame.udp + len];
-    sum.add_bytes(&datagram[..UDP_CHECK]);
-    sum.add_bytes(&datagram[UDP_CHECK + 2..]);
-    match u16::from_be_bytes(sum.checksum()) {
-        0 => 0xffff,
-        sum => sum,
-    }
-}
+use wire::Wire;
 
 /// Compares, and returns what is wrong.
 fn differences(case: &Case, outcome: &Outcome) -> Vec<String> {
@@ -49,7 +31,7 @@ fn differences(case: &Case, outcome: &Outcome) -> Vec<String> {
     match (broken, outcome.report) {
         (None, None) => {}
         (Some(broken), Some(told)) => {
-            let right = if broken.is_sum_told { right_sum(case) } else { 0 };
+            let right = if broken.is_sum_told { right_sum(&case.frame) } else { 0 };
             compare("expected", format!("{:#06x}", told.expected), format!("{right:#06x}"));
             let check = case.frame.check().unwrap();
             compare("check", format!("{:#06x}", told.check), format!("{check:#06x}"));
@@ -62,7 +44,7 @@ fn differences(case: &Case, outcome: &Outcome) -> Vec<String> {
             let value = match broken.after {
                 After::Unchanged => check,
                 After::Zero => 0,
-                After::Right => right_sum(case),
+                After::Right => right_sum(&case.frame),
             };
             after[field..field + 2].copy_from_slice(&value.to_be_bytes());
         }
@@ -112,33 +94,88 @@ fn the_common_crate_says_what_the_table_says() {
 }
 
 #[test]
-fn the_bpf_program_says_what_the_table_says() {
-    let cases = cases::all().unwrap();
+fn a_test_run_says_what_the_table_says() {
+    let tried = compare(&cases::all().unwrap(), false, TestRun::open);
+    // The others are for what a test run's packet cannot be.
+    assert!(tried > 600, "only {tried}");
+}
+
+#[test]
+fn a_test_run_says_what_the_table_says_of_a_known_offload_state() {
+    let tried = compare(&cases::all().unwrap(), true, TestRun::open);
+    assert!(tried > 400, "only {tried}");
+}
+
+#[test]
+fn packets_on_their_way_get_what_the_table_says() {
+    let tried = compare(&cases::all().unwrap(), false, Wire::open);
+    assert!(tried > 600, "only {tried}");
+}
+
+/// Here sums are really open.
+#[test]
+fn packets_on_their_way_get_what_the_table_says_of_a_known_offload_state() {
+    let tried = compare(&cases::all().unwrap(), true, Wire::open);
+    assert!(tried > 600, "only {tried}");
+}
+
+#[test]
+fn what_is_too_long_to_be_summed_is_judged_by_its_headers_or_not_at_all() {
+    let cases = cases::beyond_full_sums().unwrap();
+    assert!(compare(&cases, false, Wire::open) > 0);
+    assert!(compare(&cases, true, Wire::open) > 0);
+}
+
+/// Takes the cases through the program in the kernel; returns how many can come that way.
+fn compare<W: Way>(cases: &[Case], knows_offload: bool, way: fn(&mut Program) -> W) -> usize {
+    let mut kernel = Kernel::load(knows_offload, way);
     let mut wrong = Vec::new();
     let mut tried = 0;
-    for offload in [Offload::Unknown, Offload::Complete] {
-        // Devices are only ever added to a program, so each set of them needs one of its own.
-        let mut kernels: Vec<(&[(DeviceKey, Device)], Kernel)> = Vec::new();
-        for case in &cases {
-            let devices = &case.known.devices[..];
-            let place = kernels.iter().position(|(known, _)| *known == devices);
-            let place = place.unwrap_or_else(|| {
-                kernels.push((devices, Kernel::load(offload, &case.known)));
-                kernels.len() - 1
-            });
-            let kernel = &mut kernels[place].1;
-            if !kernel.takes(case) {
-                continue;
-            }
+    for case in cases {
+        for offload in kernel.states(case) {
             kernel.configure(case);
-            let differences = differences(case, &kernel.run(case));
+            let differences = differences(case, &kernel.run(case, offload));
             if !differences.is_empty() {
                 wrong.push(describe(case, offload, &differences));
             }
             tried += 1;
         }
     }
-    assert!(tried > cases.len(), "only {tried} of {} cases, twice", cases.len());
+    assert_none(&wrong, tried);
+    tried
+}
+
+/// A packet longer than a page that is sent in one piece has only its link header in the linear
+/// part. The common crate knows of no such thing.
+#[test]
+fn headers_outside_of_the_linear_part_are_found() {
+    /// What may be moved into the linear part: more than the headers of any sane packet.
+    const REACH: usize = 256;
+
+    let mut kernels = [false, true].map(|knows_offload| Kernel::load(knows_offload, Wire::open));
+    let mut wrong = Vec::new();
+    let mut tried = 0;
+    for mut case in cases::all().unwrap() {
+        if case.frame.boundaries.last().is_some_and(|&end| end > REACH) {
+            continue;
+        }
+        let len = case.frame.bytes.len().max(6000);
+        case.frame.bytes.resize(len, 0);
+        for kernel in &mut kernels {
+            for offload in kernel.states(&case) {
+                kernel.configure(&case);
+                let (is, should) = (kernel.run(&case, offload), in_user_space(&case, offload));
+                if is != should {
+                    let (is, should) = ((is.verdict, is.report), (should.verdict, should.report));
+                    let told = format!("{is:?} instead of {should:?}");
+                    case.frame.bytes.truncate(300);
+                    wrong.push(describe(&case, offload, &[told]));
+                }
+                tried += 1;
+            }
+        }
+    }
+    assert!(tried > 1200, "only {tried}");
     assert_none(&wrong, tried);
 }
 
@@ -161,6 +198,13 @@ fn the_table_has_every_verdict_over_both_families() {
     assert_eq!(names.len(), cases.len(), "names are not unique");
 }
 
+/// What has been seen over IPv4 and over IPv6.
+fn learned(kernel: &Kernel<TestRun>) -> (u8, u8) {
+    let config = kernel.config();
+    let port = config.ports.get(PORT).unwrap();
+    (port.seen_ipv4, port.seen_ipv6)
+}
+
 #[test]
 fn a_sender_is_learned_from_what_it_sends() {
     let cases = cases::all().unwrap();
@@ -175,20 +219,21 @@ fn a_sender_is_learned_from_what_it_sends() {
     let right_ipv6 = case("IPv6: right, inner sum open");
     let mangled = case("IPv4: 0xffff on a zero device");
 
-    let mut kernel = Kernel::load(Offload::Unknown, &none.known);
+    let mut kernel = Kernel::load(false, TestRun::open);
+    let judged = |kernel: &mut Kernel<_>, case: &Case| kernel.run(case, Offload::Unknown);
     kernel.configure(&none);
-    assert_eq!(kernel.run(&mangled).verdict, Some(Verdict::Bad));
-    assert_eq!(kernel.learned(PORT), (0, 0), "a broken packet teaches nothing");
-    assert_eq!(kernel.run(&none).verdict, Some(Verdict::Zero));
-    assert_eq!(kernel.learned(PORT), (SEEN_ZERO, 0));
-    let outcome = kernel.run(&mangled);
+    assert_eq!(judged(&mut kernel, &mangled).verdict, Some(Verdict::Bad));
+    assert_eq!(learned(&kernel), (0, 0), "a broken packet teaches nothing");
+    assert_eq!(judged(&mut kernel, &none).verdict, Some(Verdict::Zero));
+    assert_eq!(learned(&kernel), (SEEN_ZERO, 0));
+    let outcome = judged(&mut kernel, &mangled);
     assert_eq!(outcome.verdict, Some(Verdict::MangledZero));
     assert_eq!(outcome.report.unwrap().policy, Policy::Zero as u8);
-    assert_eq!(kernel.run(&right_ipv6).verdict, Some(Verdict::Valid));
-    assert_eq!(kernel.learned(PORT), (SEEN_ZERO, SEEN_SUM), "each family on its own");
-    assert_eq!(kernel.run(&right).verdict, Some(Verdict::Valid));
-    assert_eq!(kernel.learned(PORT), (SEEN_ZERO | SEEN_SUM, SEEN_SUM));
-    let outcome = kernel.run(&mangled);
+    assert_eq!(judged(&mut kernel, &right_ipv6).verdict, Some(Verdict::Valid));
+    assert_eq!(learned(&kernel), (SEEN_ZERO, SEEN_SUM), "each family on its own");
+    assert_eq!(judged(&mut kernel, &right).verdict, Some(Verdict::Valid));
+    assert_eq!(learned(&kernel), (SEEN_ZERO | SEEN_SUM, SEEN_SUM));
+    let outcome = judged(&mut kernel, &mangled);
     assert_eq!(outcome.verdict, Some(Verdict::Bad), "it sends the one and the other");
     assert_eq!(outcome.report.unwrap().policy, Policy::Unknown as u8);
 
@@ -196,6 +241,6 @@ fn a_sender_is_learned_from_what_it_sends() {
     let mut known = none.clone();
     known.known.ports = vec![cases::port(PORT, Policy::Sum)];
     kernel.configure(&known);
-    assert_eq!(kernel.run(&known).verdict, Some(Verdict::Missing));
-    assert_eq!(kernel.learned(PORT), (0, 0));
+    assert_eq!(judged(&mut kernel, &known).verdict, Some(Verdict::Missing));
+    assert_eq!(learned(&kernel), (0, 0));
 }

@@ -10,8 +10,8 @@ pub struct Inner {
     pub ip: Option<Ip>,
     /// The inner TCP or UDP header, where this packet has one.
     pub transport: Option<Transport>,
-    /// A sum still to be filled in by the NIC may hide behind a protocol that is not looked into
-    /// (a tunnel in the tunnel).
+    /// A sum still to be filled in by the NIC may hide where it is not looked for: a tunnel in the
+    /// tunnel, a protocol that is not known.
     pub is_opaque: bool,
 }
 
@@ -38,30 +38,39 @@ impl Transport {
 /// Parses the inner frame of `outer`.
 #[inline(always)]
 pub fn parse<P: Packet>(packet: &P, outer: &Outer) -> Result<Inner, Cut> {
+    const ARP: u16 = 0x0806;
     const ICMP: u8 = 1;
     const ICMPV6: u8 = 58;
 
-    let nothing = Inner { ip: None, transport: None, is_opaque: false };
+    let without = |ip, is_opaque| Inner { ip, transport: None, is_opaque };
     let frame = outer.inner();
     let (ethertype, offset) = outer::ethertype(packet, frame)?;
     let Some(ip) = outer::ip(packet, ethertype, offset)? else {
-        return Ok(nothing);
+        return Ok(without(None, ethertype != ARP));
     };
     let check_offset = match ip.protocol {
         TCP => 16,
         UDP => 6,
-        protocol => {
-            let is_opaque = !matches!(protocol, ICMP | ICMPV6);
-            return Ok(Inner { ip: Some(ip), is_opaque, ..nothing });
-        }
+        protocol => return Ok(without(Some(ip), !matches!(protocol, ICMP | ICMPV6))),
     };
+    if ip.fragment_offset | ip.more_fragments != 0 {
+        // A stack sums a datagram up before it cuts it.
+        return Ok(without(Some(ip), false));
+    }
     let end = outer.at.udp + outer.udp_len;
     let is_within = check_offset + 2 <= ip.payload_len && ip.payload + ip.payload_len <= end;
     if !ip.is_whole() || !is_within {
-        return Ok(Inner { ip: Some(ip), ..nothing });
+        // The pseudo-header of a source route is not the one that the sum was opened with; lengths
+        // that contradict each other are nothing that a stack sends.
+        return Ok(without(Some(ip), is_within));
+    }
+    let check = packet.header::<2>(ip.payload + check_offset)?.be16::<0>();
+    if ip.protocol == UDP && check == 0 {
+        // No checksum, which is what tunnels like.
+        return Ok(without(Some(ip), true));
     }
     let transport = Transport {
-        check: packet.header::<2>(ip.payload + check_offset)?.be16::<0>(),
+        check,
         pseudo_header: ip.pseudo_header(packet, ip.payload_len)?,
         before: outer::ethernet(packet, frame, offset)? + ip.header(packet)?,
     };

@@ -288,13 +288,13 @@ pub fn by_inner<P: Packet>(packet: &P, outer: &Outer, policy: Policy) -> Result<
     if is_open {
         return Ok(Answer { kind: AnswerKind::Wrong, expected: lco });
     }
-    // An outer sum that is off by just as much as the inner one is right as soon as a sum that is
-    // open deeper inside (a tunnel in the tunnel) is filled in.
-    let may_be_open = inner.is_opaque || lco == outer.check;
+    let expected = sum.minus(Sum::of_u16(outer.check)).checksum();
+    // Where the inner sum does not hold, another one may be open deeper inside (a tunnel in the
+    // tunnel), and what is right depends on it.
+    let may_be_open = inner.is_opaque || (inner.transport.is_some() && lco != expected);
     if may_be_open && packet.offload() == Offload::Unknown {
         return Ok(Answer::of(AnswerKind::Unknown));
     }
-    let expected = sum.minus(Sum::of_u16(outer.check)).checksum();
     Ok(Answer { kind: AnswerKind::Wrong, expected })
 }
 

@@ -1,24 +1,18 @@
-//! The loaded BPF program, run over packets that never leave (`BPF_PROG_TEST_RUN`), and the common
-//! crate over the same packets.
+//! The loaded BPF program over single packets, and the common crate over the same packets.
 
 use std::path::Path;
 
 use aya::maps::{MapData, RingBuf};
 use aya::programs::{TestRun as _, TestRunOptions};
+use internet_checksum::Checksum;
 use vxcsum::program::{LoadOptions, Program};
 use vxcsum::skb_layout::{self, VMLINUX_BTF};
 use vxcsum_common::fix::remedy;
-use vxcsum_common::layout::{Action, Counters, Event, MASQUERADE_MARK, Report};
+use vxcsum_common::layout::{Action, Config, Counters, DeviceKey, Event, MASQUERADE_MARK, Report};
+use vxcsum_common::outer::Beyond;
 use vxcsum_common::{Captured, Examined, Finding, Offload, Verdict, examine};
-use vxcsum_tests::cases::{Case, Known};
-
-/// `TC_ACT_UNSPEC` (include/uapi/linux/pkt_cls.h).
-const TC_ACT_UNSPEC: u32 = u32::MAX;
-/// Most bytes that the kernel takes for a test run: less than a page with headroom and
-/// `skb_shared_info` (net/bpf/test_run.c).
-const MAX_LEN: usize = 3500;
-/// Offset of the checksum field in a UDP header.
-const UDP_CHECK: usize = 6;
+use vxcsum_tests::cases::Case;
+use vxcsum_tests::packets::{Frame, UDP_CHECK};
 
 /// What came out for a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,26 +52,29 @@ pub(crate) fn in_user_space(case: &Case, offload: Offload) -> Outcome {
         arithmetic_proves_nat: case.mark & MASQUERADE_MARK != 0,
         ..Captured::new(&case.frame.bytes)
     };
-    let finding = match examine(&packet, &case.known) {
-        Examined::Vxlan(finding, _) => finding,
-        unjudged => {
-            return Outcome {
-                verdict: verdict(&unjudged),
-                report: None,
-                after: case.frame.bytes.clone(),
-            };
-        }
-    };
+    let examined = examine(&packet, &case.known);
     let mut after = case.frame.bytes.clone();
-    let report = finding.verdict.is_broken().then(|| {
-        let remedy = remedy(case.fix, case.fix_unproven, &finding);
-        if remedy.writes() {
-            let field = finding.udp + UDP_CHECK;
-            after[field..field + 2].copy_from_slice(&remedy.check.to_be_bytes());
+    let report = match &examined {
+        Examined::Vxlan(finding, _) if finding.verdict.is_broken() => {
+            let remedy = remedy(case.fix, case.fix_unproven, finding);
+            if remedy.writes() {
+                let field = finding.udp + UDP_CHECK;
+                after[field..field + 2].copy_from_slice(&remedy.check.to_be_bytes());
+            }
+            Some(told(finding, remedy.action))
         }
-        told(&finding, remedy.action)
-    });
-    Outcome { verdict: Some(finding.verdict), report, after }
+        _ => None,
+    };
+    Outcome { verdict: verdict(&examined), report, after }
+}
+
+/// The verdict that is counted.
+pub(crate) fn verdict<Port>(examined: &Examined<Port>) -> Option<Verdict> {
+    match examined {
+        Examined::NotVxlan | Examined::Cut(Beyond::Outer) => None,
+        Examined::Cut(Beyond::Vxlan) => Some(Verdict::Unverified),
+        Examined::Vxlan(finding, _) => Some(finding.verdict),
+    }
 }
 
 fn told(finding: &Finding, action: Action) -> Told {
@@ -91,133 +88,103 @@ fn told(finding: &Finding, action: Action) -> Told {
     }
 }
 
-/// The verdict that is counted.
-pub(crate) fn verdict<Port>(examined: &Examined<Port>) -> Option<Verdict> {
-    use vxcsum_common::outer::Beyond;
-    match examined {
-        Examined::NotVxlan | Examined::Cut(Beyond::Outer) => None,
-        Examined::Cut(Beyond::Vxlan) => Some(Verdict::Unverified),
-        Examined::Vxlan(finding, _) => Some(finding.verdict),
+/// The UDP checksum that a receiver finds right, over the packet with all sums filled in.
+pub(crate) fn right_sum(frame: &Frame) -> u16 {
+    let bytes = &frame.finished;
+    let len = usize::from(u16::from_be_bytes([bytes[frame.udp + 4], bytes[frame.udp + 5]]));
+    let is_ipv6 = bytes[frame.ip] >> 4 == 6;
+    let addresses = if is_ipv6 { 8..40 } else { 12..20 };
+    let mut sum = Checksum::new();
+    sum.add_bytes(&bytes[frame.ip..][addresses]);
+    sum.add_bytes(&[0, 17]);
+    sum.add_bytes(&(len as u16).to_be_bytes());
+    let datagram = &bytes[frame.udp..frame.udp + len];
+    sum.add_bytes(&datagram[..UDP_CHECK]);
+    sum.add_bytes(&datagram[UDP_CHECK + 2..]);
+    match u16::from_be_bytes(sum.checksum()) {
+        0 => 0xffff,
+        sum => sum,
     }
 }
 
-/// A loaded program that knows certain devices.
-pub(crate) struct Kernel {
+/// A way for a packet to come before the program.
+pub(crate) trait Way {
+    /// Whether the packet can come that way, with its sums in that state.
+    fn takes(&self, case: &Case, offload: Offload) -> bool;
+
+    /// Passes the packet through the program; returns it as it is afterwards.
+    fn pass(&mut self, program: &mut Program, case: &Case, offload: Offload) -> Vec<u8>;
+}
+
+/// A loaded program.
+pub(crate) struct Kernel<W> {
     program: Program,
     events: RingBuf<MapData>,
-    /// How it is told what is open.
-    offload: Offload,
+    /// It is told where `sk_buff` has the offload state.
+    knows_offload: bool,
     counters: Counters,
+    devices: Vec<DeviceKey>,
+    way: W,
 }
 
-impl Kernel {
-    /// Loads the program; with the layout of `sk_buff` or without.
-    pub(crate) fn load(offload: Offload, known: &Known) -> Self {
-        let uid = std::fs::read_to_string("/proc/self/status").unwrap();
-        assert!(uid.contains("\nUid:\t0\t0"), "BPF_PROG_TEST_RUN needs root");
-        let skb_layout = match offload {
-            Offload::Unknown => None,
-            // All that is ever seen here: a test run's skb is CHECKSUM_NONE.
-            Offload::Complete => Some(skb_layout::read(Path::new(VMLINUX_BTF)).unwrap()),
-            Offload::Partial { .. } => panic!("BPF_PROG_TEST_RUN makes no CHECKSUM_PARTIAL"),
-        };
+impl<W: Way> Kernel<W> {
+    /// Loads the program, and opens the way to it.
+    pub(crate) fn load(knows_offload: bool, way: impl FnOnce(&mut Program) -> W) -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "the BPF program is for root to load");
+        let skb_layout = skb_layout::read(Path::new(VMLINUX_BTF)).unwrap();
+        let skb_layout = knows_offload.then_some(skb_layout);
         let options = LoadOptions { skb_layout, ..LoadOptions::default() };
         let (mut program, events) = Program::load(&options).unwrap();
-        for &(key, device) in &known.devices {
-            program.set_device(key, device).unwrap();
-        }
-        Self { program, events, offload, counters: Counters::default() }
+        let way = way(&mut program);
+        let counters = program.counters().unwrap();
+        Self { program, events, knows_offload, counters, devices: Vec::new(), way }
     }
 
-    /// Whether the kernel takes the packet for a test run, in which it has no hash.
-    pub(crate) fn takes(&self, case: &Case) -> bool {
-        // It wants what follows the Ethernet header to be there, or the whole of a first IP header.
-        let min_len = match case.frame.bytes.get(12..14) {
-            Some([0x08, 0x00]) => 14 + 20,
-            Some([0x86, 0xdd]) => 14 + 40,
-            _ => 14 + 1,
-        };
-        case.hash == 0
-            && (min_len..=MAX_LEN).contains(&case.frame.bytes.len())
-            && case.offloads.contains(&self.offload)
+    /// The states of its sums in which the packet can come before the program.
+    pub(crate) fn states(&self, case: &Case) -> Vec<Offload> {
+        let is_told = |offload| (offload != Offload::Unknown) == self.knows_offload;
+        let states = case.offloads.iter().copied();
+        states.filter(|&state| is_told(state) && self.way.takes(case, state)).collect()
     }
 
     /// Configures the program.
     pub(crate) fn configure(&mut self, case: &Case) {
+        for key in self.devices.drain(..) {
+            self.program.remove_device(key).unwrap();
+        }
+        for &(key, device) in &case.known.devices {
+            self.program.set_device(key, device).unwrap();
+            self.devices.push(key);
+        }
         self.program.configure(&case.config().unwrap()).unwrap();
     }
 
+    /// What the program works by, with what it has learned.
+    pub(crate) fn config(&self) -> Config {
+        self.program.config().unwrap()
+    }
+
     /// Runs the program over a packet and checks what holds for every packet.
-    pub(crate) fn run(&mut self, case: &Case) -> Outcome {
-        let frame = &case.frame.bytes;
-        let (after, context) = self.test_run(case);
+    pub(crate) fn run(&mut self, case: &Case, offload: Offload) -> Outcome {
+        let name = &case.name;
+        let config = self.config();
+        let after = self.way.pass(&mut self.program, case, offload);
         let counters = self.program.counters().unwrap();
         let verdict = counted(&self.counters, &counters, case);
-        let events = self.events();
         let is_broken = verdict.is_some_and(Verdict::is_broken);
-        assert_eq!(events.len(), usize::from(is_broken), "{}: events", case.name);
-        let report = events.first().map(|event| {
-            assert_eq!(Verdict::from_u8(event.verdict), verdict, "{}", case.name);
-            let len = frame.len().min(event.snapshot.len());
-            assert_eq!(usize::from(event.snapshot_len), len, "{}", case.name);
-            assert_eq!(event.snapshot[..len], frame[..len], "{}: snapshot", case.name);
-            assert_eq!(event.len as usize, frame.len(), "{}", case.name);
-            assert_eq!(event.segments, case.segments, "{}", case.name);
-            assert_eq!(event.mark, case.mark, "{}", case.name);
-            assert_ne!(event.boot_ns, 0, "{}", case.name);
-            let ip_summed = match self.offload {
-                Offload::Unknown => Event::IP_SUMMED_UNKNOWN,
-                _ => 0,
-            };
-            assert_eq!(event.ip_summed, ip_summed, "{}", case.name);
-            Told {
-                check: event.check,
-                expected: event.expected,
-                source_port_before_nat: event.source_port_before_nat,
-                proof: event.proof,
-                policy: event.policy,
-                action: event.action,
-            }
-        });
-        let segments = u64::from(case.segments);
+        if is_broken || verdict.is_none() {
+            assert_eq!(self.config(), config, "{name}: it teaches nothing");
+        }
+        let events = self.events();
+        assert_eq!(events.len(), usize::from(is_broken), "{name}: events");
+        let report = events.first().map(|event| told_by(event, case, offload, verdict));
         let action = report.and_then(|told| Action::from_u8(told.action));
-        let fixed = |wanted| if action == Some(wanted) { segments } else { 0 };
-        assert_eq!(counters.zeroed - self.counters.zeroed, fixed(Action::Zeroed), "{}", case.name);
-        assert_eq!(
-            counters.restored - self.counters.restored,
-            fixed(Action::Restored),
-            "{}",
-            case.name
-        );
-        assert_eq!(context.mark(), case.mark, "{}: mark", case.name);
+        let fixed = |wanted| if action == Some(wanted) { u64::from(case.segments) } else { 0 };
+        let [zeroed, restored] = [Action::Zeroed, Action::Restored].map(fixed);
+        assert_eq!(counters.zeroed - self.counters.zeroed, zeroed, "{name}: zeroed");
+        assert_eq!(counters.restored - self.counters.restored, restored, "{name}: restored");
         self.counters = counters;
         Outcome { verdict, report, after }
-    }
-
-    /// What the program has learned of the first watched port: over IPv4, over IPv6.
-    pub(crate) fn learned(&self, port: u16) -> (u8, u8) {
-        let config = self.program.config().unwrap();
-        let port = config.ports.get(port).unwrap();
-        (port.seen_ipv4, port.seen_ipv6)
-    }
-
-    fn test_run(&mut self, case: &Case) -> (Vec<u8>, Context) {
-        let frame = &case.frame.bytes;
-        let mut after = vec![0; frame.len() + 64];
-        let context = Context::new(case);
-        let mut context_after = Context::default();
-        let options = TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut after),
-            ctx_in: Some(&context.0),
-            ctx_out: Some(&mut context_after.0),
-            ..TestRunOptions::default()
-        };
-        let result = self.program.classifier().unwrap().test_run(options);
-        let result = result.unwrap_or_else(|error| panic!("{}: {error:?}", case.name));
-        assert_eq!(result.return_value, TC_ACT_UNSPEC, "{}", case.name);
-        after.truncate(result.data_size_out as usize);
-        (after, context_after)
     }
 
     fn events(&mut self) -> Vec<Event> {
@@ -226,6 +193,34 @@ impl Kernel {
             events.push(bytemuck::pod_read_unaligned(&event));
         }
         events
+    }
+}
+
+/// Checks what an event says of every broken packet; returns the rest.
+fn told_by(event: &Event, case: &Case, offload: Offload, verdict: Option<Verdict>) -> Told {
+    let (name, frame) = (&case.name, &case.frame.bytes);
+    assert_eq!(Verdict::from_u8(event.verdict), verdict, "{name}");
+    let len = frame.len().min(event.snapshot.len());
+    assert_eq!(usize::from(event.snapshot_len), len, "{name}");
+    assert_eq!(event.snapshot[..len], frame[..len], "{name}: snapshot");
+    assert_eq!(event.len as usize, frame.len(), "{name}");
+    assert_eq!(event.segments, case.segments, "{name}");
+    assert_eq!(event.mark, case.mark, "{name}");
+    assert_ne!(event.boot_ns, 0, "{name}");
+    let ip_summed = match offload {
+        Offload::Unknown => Event::IP_SUMMED_UNKNOWN,
+        // CHECKSUM_NONE and CHECKSUM_PARTIAL (include/linux/skbuff.h).
+        Offload::Complete => 0,
+        Offload::Partial { .. } => 3,
+    };
+    assert_eq!(event.ip_summed, ip_summed, "{name}");
+    Told {
+        check: event.check,
+        expected: event.expected,
+        source_port_before_nat: event.source_port_before_nat,
+        proof: event.proof,
+        policy: event.policy,
+        action: event.action,
     }
 }
 
@@ -240,23 +235,76 @@ fn counted(before: &Counters, after: &Counters, case: &Case) -> Option<Verdict> 
             assert_eq!(after.skbs - before.skbs, 1, "{name}: {}", verdict.as_str());
             let packets = after.packets - before.packets;
             assert_eq!(packets, u64::from(case.segments), "{name}: packets");
-            assert_eq!(after.bytes - before.bytes, u64::from(wire_len(case)), "{name}: bytes");
+            let bytes = after.bytes - before.bytes;
+            assert_eq!(bytes, u64::from(wire_len(case)), "{name}: bytes");
             counted = Some(verdict);
         }
     }
     let not_vxlan = u64::from(counted.is_none());
     assert_eq!(after.not_vxlan - before.not_vxlan, not_vxlan, "{name}: not VXLAN");
-    let emitted =
-        after.reported(Report::Emitted).skbs - before.reported(Report::Emitted).skbs;
-    let is_broken = counted.is_some_and(Verdict::is_broken);
-    assert_eq!(emitted, u64::from(is_broken), "{name}: events counted");
+    let is_broken = u64::from(counted.is_some_and(Verdict::is_broken));
+    for (report, expected) in
+        [(Report::Emitted, is_broken), (Report::Suppressed, 0), (Report::Lost, 0)]
+    {
+        let reported = after.reported(report).skbs - before.reported(report).skbs;
+        assert_eq!(reported, expected, "{name}: {report:?}");
+    }
     counted
 }
 
-/// Bytes on the wire: every segment but the first repeats the headers, of which there may be more
-/// than are told here.
+/// Bytes on the wire: every segment but the first repeats the headers. How many bytes these are is
+/// what the program is told.
 fn wire_len(case: &Case) -> u32 {
     case.frame.bytes.len() as u32 + 120 * (case.segments - 1)
+}
+
+/// `BPF_PROG_TEST_RUN`: any length of linear skb, any mark, any number of segments; no open sum
+/// and no hash.
+pub(crate) struct TestRun;
+
+impl TestRun {
+    /// For [`Kernel::load`].
+    pub(crate) fn open(_: &mut Program) -> Self {
+        Self
+    }
+}
+
+impl Way for TestRun {
+    fn takes(&self, case: &Case, offload: Offload) -> bool {
+        // The kernel wants the whole of a first IP header, and something behind any other, and no
+        // more than a page with headroom and `skb_shared_info` (net/bpf/test_run.c).
+        let min_len = match case.frame.bytes.get(12..14) {
+            Some([0x08, 0x00]) => 14 + 20,
+            Some([0x86, 0xdd]) => 14 + 40,
+            _ => 14 + 1,
+        };
+        case.hash == 0
+            && (min_len..=3500).contains(&case.frame.bytes.len())
+            && matches!(offload, Offload::Unknown | Offload::Complete)
+    }
+
+    fn pass(&mut self, program: &mut Program, case: &Case, _: Offload) -> Vec<u8> {
+        /// `TC_ACT_UNSPEC` (include/uapi/linux/pkt_cls.h).
+        const TC_ACT_UNSPEC: u32 = u32::MAX;
+
+        let frame = &case.frame.bytes;
+        let mut after = vec![0; frame.len() + 64];
+        let context = Context::new(case);
+        let mut context_after = Context::default();
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut after),
+            ctx_in: Some(&context.0),
+            ctx_out: Some(&mut context_after.0),
+            ..TestRunOptions::default()
+        };
+        let result = program.classifier().unwrap().test_run(options);
+        let result = result.unwrap_or_else(|error| panic!("{}: {error:?}", case.name));
+        assert_eq!(result.return_value, TC_ACT_UNSPEC, "{}", case.name);
+        assert_eq!(context_after.get(Context::MARK), case.mark, "{}", case.name);
+        after.truncate(result.data_size_out as usize);
+        after
+    }
 }
 
 /// A `struct __sk_buff` (include/uapi/linux/bpf.h).
@@ -289,8 +337,8 @@ impl Context {
         self.0[at..at + 4].copy_from_slice(&value.to_ne_bytes());
     }
 
-    fn mark(&self) -> u32 {
-        let [a, b, c, d] = [0, 1, 2, 3].map(|at| self.0[Self::MARK + at]);
+    fn get(&self, at: usize) -> u32 {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|byte| self.0[at + byte]);
         u32::from_ne_bytes([a, b, c, d])
     }
 }
