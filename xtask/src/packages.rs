@@ -69,13 +69,6 @@ pub(crate) const TOOLS: &[Tool] = &[
         why: "knows the source port before NAT",
         goals: LAB,
     },
-    Tool {
-        binary: "tshark",
-        debian: "tshark",
-        fedora: "wireshark-cli",
-        why: "is an independent judge of checksums for the tests",
-        goals: &[Goal::Test],
-    },
 ];
 
 /// The tools for these goals that are not installed.
