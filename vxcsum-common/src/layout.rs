@@ -293,8 +293,9 @@ impl Action {
 pub struct Tally {
     /// Packets as the stack hands them down, GSO packets not yet cut.
     pub skbs: u64,
-    /// Packets on the wire.
-    pub packets: u64,
+    /// Packets on the wire beyond the first of each skb. Not all of them: two counters of the same
+    /// packets would differ while one of them is counted.
+    pub further_segments: u64,
     /// Bytes on the wire, link headers included.
     pub bytes: u64,
 }
@@ -377,12 +378,17 @@ impl Event {
 }
 
 impl Tally {
+    /// Packets on the wire.
+    pub const fn packets(&self) -> u64 {
+        self.skbs + self.further_segments
+    }
+
     /// Both together.
     #[must_use]
     pub const fn plus(&self, other: &Self) -> Self {
         Self {
             skbs: self.skbs + other.skbs,
-            packets: self.packets + other.packets,
+            further_segments: self.further_segments + other.further_segments,
             bytes: self.bytes + other.bytes,
         }
     }

@@ -167,7 +167,7 @@ fn count(skb: &Skb, verdict: Verdict, report: Report, counters: &mut Counters) {
     let by_report = &mut counters.tallies[opaque(verdict as usize) & (Verdict::ALL.len() - 1)];
     let tally = &mut by_report[opaque(report as usize) & (Report::ALL.len() - 1)];
     tally.skbs += 1;
-    tally.packets += u64::from(skb.segments());
+    tally.further_segments += u64::from(skb.segments() - 1);
     tally.bytes += u64::from(skb.wire_len());
 }
 

@@ -1,12 +1,14 @@
 //! `vxcsum tail`, `status` and `fix`: what talks to the daemon.
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Deserialize;
 use vxcsum_common::layout::FixMode;
 
@@ -20,7 +22,7 @@ const RATE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A connection to the daemon.
 struct Daemon {
-    lines: io::Lines<BufReader<UnixStream>>,
+    stream: BufReader<UnixStream>,
 }
 
 /// A line of the daemon.
@@ -50,13 +52,16 @@ impl Daemon {
         let mut line = serde_json::to_vec(command)?;
         line.push(b'\n');
         (&stream).write_all(&line).context("cannot ask the daemon")?;
-        Ok(Self { lines: BufReader::new(stream).lines() })
+        Ok(Self { stream: BufReader::new(stream) })
     }
 
     /// The next line; none when the daemon has ended.
     fn next(&mut self) -> Result<Option<(String, Said)>> {
-        let Some(line) = self.lines.next() else { return Ok(None) };
-        let line = line.context("cannot read from the daemon")?;
+        let mut line = String::new();
+        if self.stream.read_line(&mut line).context("cannot read from the daemon")? == 0 {
+            return Ok(None);
+        }
+        line.truncate(line.trim_end().len());
         let said = serde_json::from_str(&line)
             .with_context(|| format!("the daemon speaks another version's language: {line}"))?;
         match said {
@@ -66,12 +71,30 @@ impl Daemon {
     }
 }
 
+impl Daemon {
+    /// Waits until the daemon says something; false where nobody reads standard output any more,
+    /// which would not show before the next event.
+    fn wait(&self) -> Result<bool> {
+        if !self.stream.buffer().is_empty() {
+            return Ok(true);
+        }
+        let stdout = io::stdout();
+        // Errors are told without being asked for.
+        let mut ends = [
+            PollFd::new(self.stream.get_ref().as_fd(), PollFlags::POLLIN),
+            PollFd::new(stdout.as_fd(), PollFlags::empty()),
+        ];
+        poll(&mut ends, PollTimeout::NONE).context("cannot wait for the daemon")?;
+        Ok(!ends[1].any().unwrap_or_default() || ends[0].any().unwrap_or_default())
+    }
+}
+
 /// Prints live events, at most `limit` of them.
 pub fn tail(socket: &Path, filter: Filter, limit: Option<u64>, json: bool) -> Result<()> {
     let mut daemon = Daemon::ask(socket, &Command::Tail(filter))?;
     let mut out = io::stdout().lock();
     let mut left = limit.unwrap_or(u64::MAX);
-    while left > 0 {
+    while left > 0 && daemon.wait()? {
         let Some((line, said)) = daemon.next()? else { break };
         let written = match said {
             Said::Event(_) if json => writeln!(out, "{line}"),

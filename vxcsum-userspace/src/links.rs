@@ -213,6 +213,11 @@ impl Links {
         self.0.get(&index)
     }
 
+    /// Every VXLAN device.
+    pub fn vxlan(&self) -> impl Iterator<Item = &Link> {
+        self.0.values().filter(|link| link.vxlan.is_some())
+    }
+
     /// Every name, for messages.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.values().map(|link| link.name.as_str())

@@ -191,7 +191,7 @@ impl Collector for Snapshot {
             (
                 "vxcsum_packets",
                 "VXLAN packets on the wire by the verdict on their outer UDP checksum",
-                by_verdict(|tally| tally.packets),
+                by_verdict(|tally| tally.packets()),
             ),
             (
                 "vxcsum_bytes",
@@ -256,7 +256,7 @@ mod tests {
     fn counted() -> Vec<Counted> {
         let mut counters = Counters { not_vxlan: 5, restored: 2, ..Counters::default() };
         let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
-        (tally.skbs, tally.packets, tally.bytes) = (3, 4, 500);
+        (tally.skbs, tally.further_segments, tally.bytes) = (3, 1, 500);
         vec![Counted {
             name: "eth0".to_owned(),
             method: Some(Method::Tcx),

@@ -34,7 +34,7 @@ pub enum LoadError {
     Object(#[source] EbpfError),
     /// The program was refused.
     #[error("the kernel refused the BPF program {PROGRAM_NAME}: {0}")]
-    Program(#[source] ProgramError),
+    Program(String),
     /// The object does not hold what this binary was built with.
     #[error("the BPF object has no {0}: the binary was not built as a whole, build it anew")]
     Missing(&'static str),
@@ -167,7 +167,18 @@ impl LoadError {
     }
 
     fn of_program(error: ProgramError) -> Self {
-        Self::by_cause(&error).unwrap_or(Self::Program(error))
+        /// Of a log of thousands, those that say what is wrong.
+        const LAST_LINES: usize = 6;
+        if let Some(known) = Self::by_cause(&error) {
+            return known;
+        }
+        let ProgramError::LoadError { io_error, verifier_log } = &error else {
+            return Self::Program(error.to_string());
+        };
+        let log = verifier_log.to_string();
+        let lines: Vec<_> = log.lines().collect();
+        let last = lines[lines.len().saturating_sub(LAST_LINES)..].join("\n");
+        Self::Program(format!("{io_error}; the verifier's last words:\n{last}"))
     }
 
     /// Names the two causes that have nothing to do with the object.

@@ -16,12 +16,12 @@ use tokio::sync::{broadcast, mpsc};
 use tokio::time::{MissedTickBehavior, interval};
 use vxcsum_common::layout::SkbLayout;
 
-use crate::changes::Changes;
+use crate::changes;
 use crate::cli::{LogFormat, UsageError};
 use crate::event::Event;
 use crate::links::sent_packets;
 use crate::metrics;
-use crate::privileges::drop_privileges;
+use crate::privileges::{check_privileges, drop_privileges};
 use crate::server::{self, Request, Server};
 use crate::skb_layout::{self, VMLINUX_BTF};
 use crate::summary::Summary;
@@ -60,6 +60,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     let mut hangup = signal(SignalKind::hangup())?;
     raise_memlock_limit();
 
+    check_privileges()?;
     // What needs more privileges than it goes on with comes first, and threads come later: they
     // inherit what is left.
     let server = Server::bind(&options.socket)?;
@@ -75,7 +76,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     let distributor = tokio::spawn(distribute(recorded, printing, to_clients.clone()));
 
     // Subscribed before the first look, so that nothing falls between.
-    let mut changes = Changes::subscribe()?;
+    let mut changes = changes::subscribe().context("cannot follow network devices")?;
     let mut supervisor = Supervisor::new(options.watch, skb_layout, records);
     supervisor.start().await?;
     let (requests, mut requested) = mpsc::channel(server::MAX_CLIENTS);
@@ -102,7 +103,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
                 Err(error) => tracing::warn!("the configuration stays as it was: {error}"),
             },
             () = to_printer.closed() => break,
-            () = changes.next() => supervisor.follow().await,
+            Some(()) = changes.recv() => supervisor.follow().await,
             _ = look.tick() => supervisor.follow().await,
             _ = alive.tick() => {
                 let _ = sd_notify::notify(&[NotifyState::Watchdog]);

@@ -64,7 +64,7 @@ impl Summary {
             summary.events.lost += counters.reported(Report::Lost).skbs;
             let verdicts = Verdict::ALL.into_iter().map(|verdict| {
                 let tally = counters.of(verdict);
-                let on_wire = OnWire { packets: tally.packets, bytes: tally.bytes };
+                let on_wire = OnWire { packets: tally.packets(), bytes: tally.bytes };
                 (verdict.as_str().to_owned(), on_wire)
             });
             summary.interfaces.push(Interface {
@@ -191,7 +191,7 @@ mod tests {
     fn counted(packets: u64) -> Vec<Counted> {
         let mut counters = Counters { not_vxlan: 2, zeroed: 1, ..Counters::default() };
         let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
-        (tally.skbs, tally.packets, tally.bytes) = (packets, packets, packets * 100);
+        (tally.skbs, tally.bytes) = (packets, packets * 100);
         vec![Counted {
             name: "eth0".to_owned(),
             method: Some(Method::Tcx),

@@ -110,7 +110,7 @@ impl Supervisor {
             }
         }
         if wanted.is_empty() {
-            self.complain("there is no VXLAN device yet: waiting for one");
+            self.complain(&nothing_to_watch(&links));
         }
         Ok(())
     }
@@ -140,7 +140,7 @@ impl Supervisor {
             }
         }
         if wanted.is_empty() && self.options.interfaces.is_empty() {
-            complaints.insert("there is no VXLAN device: waiting for one".to_owned());
+            complaints.insert(nothing_to_watch(&links));
         }
         for complaint in &complaints {
             self.complain(complaint);
@@ -326,6 +326,15 @@ impl Watched {
         let counters = program.counters()?;
         drop(claim);
         Ok((method, counters))
+    }
+}
+
+fn nothing_to_watch(links: &Links) -> String {
+    let devices = links.vxlan().map(|link| link.name.as_str()).collect::<Vec<_>>().join(", ");
+    if devices.is_empty() {
+        "there is no VXLAN device: waiting for one".to_owned()
+    } else {
+        format!("no route tells yet which interface {devices} leaves by: waiting for one")
     }
 }
 
