@@ -12,8 +12,8 @@ use vxcsum_common::layout::{
 use vxcsum_common::{Device, Offload, Policy, Proof, Verdict, Watch};
 
 use crate::packets::{
-    Check, Ethernet, Extension, Frame, Ip, Network, SERVICE_VLAN, SegmentSum, Tcp, Transport, Udp,
-    UDP_CHECK, VLAN, Vxlan,
+    Check, Ethernet, Extension, Frame, Ip, Network, SERVICE_VLAN, SegmentSum, Tcp, Transport,
+    UDP_CHECK, Udp, VLAN, Vxlan,
 };
 
 /// The watched port.
@@ -308,7 +308,8 @@ fn vxlan(check: Check, inner: &Ethernet) -> Transport {
 }
 
 fn inner_ip(transport: Transport) -> Ip {
-    let [source, destination] = [[0, 0], [2, 3]].map(|[net, host]| Ipv4Addr::new(172, 29, net, host));
+    let [source, destination] =
+        [[0, 0], [2, 3]].map(|[net, host]| Ipv4Addr::new(172, 29, net, host));
     Ip { ttl: 63, ..Ip::new(source.into(), destination.into(), transport) }
 }
 
@@ -347,10 +348,9 @@ pub fn all() -> Result<Vec<Case>> {
     let mut cases = Vec::new();
     for family in [Family::V4, Family::V6] {
         for topic in [healthy, inner_packets, broken, fixes, coincidences, tunnels, outer_headers] {
-            let named = topic(family)?.into_iter().map(|case| Case {
-                name: format!("{}: {}", family.name(), case.name),
-                ..case
-            });
+            let named = topic(family)?
+                .into_iter()
+                .map(|case| Case { name: format!("{}: {}", family.name(), case.name), ..case });
             cases.extend(named);
         }
     }
@@ -470,11 +470,27 @@ fn well_formed_inner_packets(family: Family) -> Result<Vec<Case>> {
     let inner: Vec<(&str, Ethernet, Option<Ethernet>)> = vec![
         ("TCP", complete_tcp(), Some(open_tcp())),
         ("UDP", inner_ip(udp(Complete, 75)).into(), Some(inner_ip(udp(Open, 75)).into())),
-        ("UDP without data", inner_ip(udp(Complete, 0)).into(), Some(inner_ip(udp(Open, 0)).into())),
-        ("UDP of even length", inner_ip(udp(Complete, 512)).into(), Some(inner_ip(udp(Open, 512)).into())),
-        ("UDP of 1,401 bytes", inner_ip(udp(Complete, 1401)).into(), Some(inner_ip(udp(Open, 1401)).into())),
+        (
+            "UDP without data",
+            inner_ip(udp(Complete, 0)).into(),
+            Some(inner_ip(udp(Open, 0)).into()),
+        ),
+        (
+            "UDP of even length",
+            inner_ip(udp(Complete, 512)).into(),
+            Some(inner_ip(udp(Open, 512)).into()),
+        ),
+        (
+            "UDP of 1,401 bytes",
+            inner_ip(udp(Complete, 1401)).into(),
+            Some(inner_ip(udp(Open, 1401)).into()),
+        ),
         ("TCP over IPv6", inner_ip6(tcp(Complete)).into(), Some(inner_ip6(tcp(Open)).into())),
-        ("UDP over IPv6", inner_ip6(udp(Complete, 33)).into(), Some(inner_ip6(udp(Open, 33)).into())),
+        (
+            "UDP over IPv6",
+            inner_ip6(udp(Complete, 33)).into(),
+            Some(inner_ip6(udp(Open, 33)).into()),
+        ),
         ("ICMP", inner_ip(other(ICMP, 64)).into(), None),
         ("ICMP of odd length", inner_ip(other(ICMP, 65)).into(), None),
         ("ICMPv6", inner_ip6(other(ICMPV6, 64)).into(), None),
@@ -655,32 +671,35 @@ fn broken(family: Family) -> Result<Vec<Case>> {
         .device(same_port),
         Case::broken("address rewritten, the old one not known", family.frame(both, &open)?, BAD)
             .device(ONE_PORT),
+        Case::broken("address rewritten, another one known", family.frame(both, &open)?, BAD)
+            .device(Device { local_ipv4: [10, 9, 9, 9], local_ipv6: [0xfe; 16], ..ONE_PORT }),
         Case::broken(
-            "address rewritten, another one known",
-            family.frame(both, &open)?,
+            "one off",
+            {
+                let right = family.frame(Check::Right, &open)?;
+                let check = right.check()?;
+                right.with_check(check ^ 1)?
+            },
             BAD,
         )
-        .device(Device { local_ipv4: [10, 9, 9, 9], local_ipv6: [0xfe; 16], ..ONE_PORT }),
-        Case::broken("one off", {
-            let right = family.frame(Check::Right, &open)?;
-            let check = right.check()?;
-            right.with_check(check ^ 1)?
-        }, BAD)
         .device(local(ONE_PORT)),
         Case::broken("0xffff on a summing device", value(0xffff)?, BAD),
         Case::broken("a wrong sum of an unknown sender", value(0x1357)?, BAD)
             .policy(Policy::Unknown),
         // Neither pending nor zero: GSO makes no right sum of it, and there is none yet.
-        Case::broken("GSO, neither pending nor zero", value(0x1357)?, Broken {
-            is_sum_told: false,
-            ..BAD
-        })
+        Case::broken(
+            "GSO, neither pending nor zero",
+            value(0x1357)?,
+            Broken { is_sum_told: false, ..BAD },
+        )
         .device(ONE_PORT)
         .marked()
         .segments(2),
-        Case::broken("GSO, what would be right if it were none", {
-            family.frame(Check::Right, &open)?
-        }, Broken { is_sum_told: false, ..BAD })
+        Case::broken(
+            "GSO, what would be right if it were none",
+            { family.frame(Check::Right, &open)? },
+            Broken { is_sum_told: false, ..BAD },
+        )
         .segments(2),
     ];
     // The NIC is to sum from the outer UDP header on, into a field that does not hold what it
@@ -695,24 +714,24 @@ fn broken(family: Family) -> Result<Vec<Case>> {
     }
     if is_v4 {
         // The pseudo-header of the other family has another sum.
-        cases.push(Case::broken(
-            "pending, but for another address",
-            {
-                let pending = family.frame(Check::Pending, &complete)?;
-                let check = pending.check()?;
-                pending.with_check(check.wrapping_add(1))?
-            },
-            BAD,
-        )
-        .offload_unknown());
+        cases.push(
+            Case::broken(
+                "pending, but for another address",
+                {
+                    let pending = family.frame(Check::Pending, &complete)?;
+                    let check = pending.check()?;
+                    pending.with_check(check.wrapping_add(1))?
+                },
+                BAD,
+            )
+            .offload_unknown(),
+        );
     }
     Ok(cases)
 }
 
 fn fixes(family: Family) -> Result<Vec<Case>> {
-    use Action::{
-        None, RefusedIpv6, RefusedUnknownSum, RefusedUnproven, Restored, Zeroed,
-    };
+    use Action::{None, RefusedIpv6, RefusedUnknownSum, RefusedUnproven, Restored, Zeroed};
     use FixMode::{Off, Restore, Zero};
     let open = open_tcp();
     let is_v6 = family == Family::V6;
@@ -726,9 +745,21 @@ fn fixes(family: Family) -> Result<Vec<Case>> {
     let bad = family.frame(Check::Value(0x2468), &open)?;
     let mut cases = Vec::new();
     for (mode, mangled_then, stale_then, bad_then, gso_then) in [
-        (Off, (None, After::Unchanged), (None, After::Unchanged), (None, After::Unchanged), (None, After::Unchanged)),
+        (
+            Off,
+            (None, After::Unchanged),
+            (None, After::Unchanged),
+            (None, After::Unchanged),
+            (None, After::Unchanged),
+        ),
         (Zero, zeroed, zeroed, zeroed, unproven_sum),
-        (Restore, (Restored, After::Zero), (Restored, After::Right), (Restored, After::Right), unknown_sum),
+        (
+            Restore,
+            (Restored, After::Zero),
+            (Restored, After::Right),
+            (Restored, After::Right),
+            unknown_sum,
+        ),
     ] {
         let name = |what: &str| format!("{what}, fix mode {}", mode.as_str());
         let unproven = if mode == Off { (None, After::Unchanged) } else { unproven };
@@ -799,7 +830,11 @@ fn coincidences(family: Family) -> Result<Vec<Case>> {
             stale(Proof::FlowHash),
         )
         .device(ONE_PORT),
-        Case::quiet("a sum that is zero is sent as 0xffff", tuned(Check::Right, 0xffff)?, Verdict::Valid),
+        Case::quiet(
+            "a sum that is zero is sent as 0xffff",
+            tuned(Check::Right, 0xffff)?,
+            Verdict::Valid,
+        ),
         Case::broken("0xffff would be right", tuned(Check::Value(0x1111), 0xffff)?, BAD),
         Case::broken(
             "0xffff would be right, restored",
@@ -862,9 +897,8 @@ fn tuned_frame(family: Family, check: Check, right: u16) -> Result<Frame> {
     };
     // Adding a word to the data takes it away from the sum, which is the complement.
     let untuned = frame(Check::Right, 0)?.check()?;
-    let sum = Sum16BitWords::new()
-        .add_2bytes(untuned.to_be_bytes())
-        .add_2bytes((!right).to_be_bytes());
+    let sum =
+        Sum16BitWords::new().add_2bytes(untuned.to_be_bytes()).add_2bytes((!right).to_be_bytes());
     let word = !u16::from_be(sum.ones_complement());
     ensure!(frame(Check::Right, word)?.check()? == right, "no frame with the sum {right:#06x}");
     frame(check, word)
@@ -1013,10 +1047,10 @@ fn outer_headers(family: Family) -> Result<Vec<Case>> {
         Case::broken(
             "802.1ad and 802.1Q, stale, restored",
             Frame::new(
-                &Ethernet::from(family.ip(vxlan(
-                    Check::Stale { old_port: OLD_PORT, old_address: None },
-                    &inner,
-                )))
+                &Ethernet::from(
+                    family
+                        .ip(vxlan(Check::Stale { old_port: OLD_PORT, old_address: None }, &inner)),
+                )
                 .tagged(&[SERVICE_VLAN, VLAN]),
             )?,
             stale(Proof::FlowHash).then(Action::Restored, After::Right),
@@ -1084,7 +1118,11 @@ fn ipv4_headers() -> Result<Vec<Case>> {
     let whole: u16 = 20 + 16 + 14 + 20 + 20;
     let mut cases = vec![
         Case::quiet("IPv4 options", with(Check::Right, &|ip| ip.options = vec![1; 4])?, Valid),
-        Case::quiet("most IPv4 options", with(Check::Right, &|ip| ip.options = vec![1; 40])?, Valid),
+        Case::quiet(
+            "most IPv4 options",
+            with(Check::Right, &|ip| ip.options = vec![1; 40])?,
+            Valid,
+        ),
         Case::broken(
             "IPv4 options, stale, zeroed",
             with(Check::Stale { old_port: OLD_PORT, old_address: None }, &|ip| {
@@ -1095,7 +1133,11 @@ fn ipv4_headers() -> Result<Vec<Case>> {
         .device(ONE_PORT)
         .fix(FixMode::Zero),
         Case::quiet("DF", with(Check::Right, &|ip| ip.dont_fragment = true)?, Valid),
-        Case::quiet("first fragment", with(Check::Right, &|ip| ip.fragment = (0, true))?, Unverified),
+        Case::quiet(
+            "first fragment",
+            with(Check::Right, &|ip| ip.fragment = (0, true))?,
+            Unverified,
+        ),
         Case::quiet(
             "first fragment without a sum",
             with(Check::Zero, &|ip| ip.fragment = (0, true))?,
@@ -1129,11 +1171,7 @@ fn ipv4_headers() -> Result<Vec<Case>> {
             with(Check::Value(0x1234), &|ip| ip.len = Some(20))?,
             Unverified,
         ),
-        Case::quiet(
-            "total length 0",
-            with(Check::Zero, &|ip| ip.len = Some(0))?,
-            Unverified,
-        ),
+        Case::quiet("total length 0", with(Check::Zero, &|ip| ip.len = Some(0))?, Unverified),
         Case::quiet(
             "total length 0, on a zero device",
             with(Check::Value(0xffff), &|ip| ip.len = Some(0))?,
@@ -1187,9 +1225,8 @@ fn ipv6_headers() -> Result<Vec<Case>> {
         change(&mut ip);
         Frame::new(&ip.into())
     };
-    let after = |check, extensions: &[Extension]| {
-        with(check, &|ip| ip.extensions = extensions.to_vec())
-    };
+    let after =
+        |check, extensions: &[Extension]| with(check, &|ip| ip.extensions = extensions.to_vec());
     let home = Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 9);
     let arrived = Routing { segments_left: 0, home };
     let under_way = Routing { segments_left: 1, home };
@@ -1222,7 +1259,11 @@ fn ipv6_headers() -> Result<Vec<Case>> {
             Unverified,
         ),
         Case::quiet("authentication header", after(Check::Right, &[Authentication(12)])?, Valid),
-        Case::quiet("long authentication header", after(Check::Right, &[Authentication(64)])?, Valid),
+        Case::quiet(
+            "long authentication header",
+            after(Check::Right, &[Authentication(64)])?,
+            Valid,
+        ),
         Case::quiet("atomic fragment", after(Check::Right, &[atomic])?, Valid),
         Case::quiet(
             "first IPv6 fragment",
@@ -1261,11 +1302,7 @@ fn ipv6_headers() -> Result<Vec<Case>> {
             with(Check::Right, &|ip| ip.len = Some(whole + 1))?,
             Valid,
         ),
-        Case::quiet(
-            "payload length 0",
-            with(Check::Right, &|ip| ip.len = Some(0))?,
-            Unverified,
-        ),
+        Case::quiet("payload length 0", with(Check::Right, &|ip| ip.len = Some(0))?, Unverified),
         Case::quiet(
             "payload length that leaves nothing behind the options",
             with(Check::Right, &|ip| {
@@ -1406,18 +1443,14 @@ fn raw_ip() -> Result<Vec<Case>> {
 fn senders() -> Result<Vec<Case>> {
     use Verdict::{Missing, Zero};
     let frame = |vni, port, check| {
-        let vxlan = Vxlan {
-            vni,
-            destination_port: port,
-            ..Vxlan::new(SOURCE_PORT, check, open_tcp())
-        };
+        let vxlan =
+            Vxlan { vni, destination_port: port, ..Vxlan::new(SOURCE_PORT, check, open_tcp()) };
         Frame::new(&Ip::v4(Transport::Vxlan(vxlan)).into())
     };
     let mangled = |vni| frame(vni, PORT, Check::Value(0xffff));
     let none = |vni| frame(vni, PORT, Check::Zero);
-    let learned = |seen| {
-        vec![Port { seen_ipv4: seen, seen_ipv6: 3 - seen, ..port(PORT, Policy::Unknown) }]
-    };
+    let learned =
+        |seen| vec![Port { seen_ipv4: seen, seen_ipv6: 3 - seen, ..port(PORT, Policy::Unknown) }];
     let by_vni = || vec![Port { by_vni: 1, ..port(PORT, Policy::Sum) }];
     let zero_device = Device { policy_ipv4: Policy::Zero as u8, ..ONE_PORT };
     let many: Vec<_> = (0..15).map(|at| port(20000 + 1111 * at, Policy::Zero)).collect();

@@ -27,6 +27,9 @@ pub struct Device {
     pub tx_packets: u64,
     /// Bytes sent.
     pub tx_bytes: u64,
+    /// Packets that passed TC egress and found no room behind it: veth takes no more than its peer's
+    /// backlog.
+    pub tx_dropped: u64,
     /// Packets received.
     pub rx_packets: u64,
     /// Bytes received.
@@ -98,6 +101,7 @@ pub fn device(ns: &NetNs, name: &str) -> Result<Device> {
         rx_packets: value(1)?,
         tx_bytes: value(8)?,
         tx_packets: value(9)?,
+        tx_dropped: value(11)?,
     })
 }
 

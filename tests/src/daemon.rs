@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{BufRead as _, BufReader, Read};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -16,8 +17,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Deserializer};
 
+use crate::client::Socket;
 use crate::netns::NetNs;
 use crate::sh;
+use crate::wait::wait_for;
 
 /// For the start and for the end; both take a fraction of it.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -103,8 +106,8 @@ pub struct Events {
 pub struct Interface {
     /// Its name.
     pub name: String,
-    /// `tcx` or `clsact`.
-    pub attach: String,
+    /// `tcx` or `clsact`; none while it is gone.
+    pub attach: Option<String>,
     /// Packets seen, before segmentation.
     pub skbs: u64,
     /// Those of them that are no VXLAN.
@@ -245,12 +248,14 @@ struct Printed {
     more: Condvar,
 }
 
-/// A running `vxcsum run --json`, killed on drop.
+/// A running `vxcsum run --json`, killed on drop. Also a running `vxcsum tail --json`.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
     printed: Arc<Printed>,
     readers: Vec<JoinHandle<()>>,
+    /// The path of a socket that no test asked for, so that it is not the one that all share.
+    own_socket: Option<Socket>,
 }
 
 impl Daemon {
@@ -260,8 +265,17 @@ impl Daemon {
         interface: &str,
         extra: impl IntoIterator<Item = S>,
     ) -> Result<Self> {
-        let mut command = ns.command(binary()?);
-        command.args(["run", "--interface", interface, "--json"]).args(extra);
+        let socket = Socket::new()?;
+        let mut command = socket.command_in(ns, ["run", "--interface", interface, "--json"])?;
+        command.args(extra);
+        let mut daemon = Self::launch(command)?;
+        daemon.own_socket = Some(socket);
+        daemon.wait_watching()?;
+        Ok(daemon)
+    }
+
+    /// Starts a command that prints lines as `vxcsum run --json` does, and waits for nothing.
+    pub fn launch(mut command: Command) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -281,24 +295,66 @@ impl Daemon {
                 lock(&printed.stderr).push(line);
             }));
         }
-        let mut daemon = Self { child, printed, readers };
-        daemon.wait_watching()?;
-        Ok(daemon)
+        Ok(Self { child, printed, readers, own_socket: None })
     }
 
-    fn wait_watching(&mut self) -> Result<()> {
-        let watching = sh::poll(TIMEOUT, || {
-            if lock(&self.printed.stderr).iter().any(|line| line.starts_with("watching ")) {
-                return Ok(Some(()));
+    /// Waits until it says that it watches an interface.
+    pub fn wait_watching(&self) -> Result<()> {
+        self.wait_says(0, "watching ", TIMEOUT).map(drop)
+    }
+
+    /// Waits for a line on standard error that contains `text`, from the line numbered `from` on,
+    /// and returns the number of the line after it.
+    pub fn wait_says(&self, from: usize, text: &str, timeout: Duration) -> Result<usize> {
+        let said = sh::poll(timeout, || {
+            // Both end with the process, after everything it has printed.
+            let is_over = self.readers.iter().all(JoinHandle::is_finished);
+            let lines = lock(&self.printed.stderr);
+            match lines.iter().skip(from).position(|line| line.contains(text)) {
+                Some(at) => Ok(Some(from + at + 1)),
+                None if is_over => bail!("vxcsum ended: {}", lines.join("; ")),
+                None => Ok(None),
             }
-            if let Some(status) = self.child.try_wait()? {
-                // The last line may still be in the pipe.
-                self.join_readers()?;
-                bail!("vxcsum ended ({status}): {}", self.stderr().join("; "));
-            }
-            Ok(None)
         });
-        watching?.with_context(|| format!("vxcsum does not watch: {}", self.stderr().join("; ")))
+        let what = || format!("vxcsum does not say {text:?}: {}", self.stderr().join("; "));
+        said.with_context(what)?.with_context(what)
+    }
+
+    /// How many lines it has written to standard error.
+    pub fn said(&self) -> usize {
+        lock(&self.printed.stderr).len()
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill(Pid::from_raw(self.pid().cast_signed()), signal)
+            .with_context(|| format!("send {signal} to vxcsum"))
+    }
+
+    /// Memory that it has in use now (`VmRSS`).
+    pub fn resident_kib(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.pid());
+        let text = fs::read_to_string(&path).with_context(|| path.clone())?;
+        let value = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let value = value.and_then(|value| value.trim().strip_suffix(" kB")).context("no VmRSS")?;
+        Ok(value.trim().parse()?)
+    }
+
+    /// Waits for it to end by itself, and returns how, and all it has printed that was not waited
+    /// for before.
+    pub fn wait_end(mut self, timeout: Duration) -> Result<Ended> {
+        let status = wait_for("vxcsum ends", timeout, || Ok(self.child.try_wait()?))?;
+        self.join_readers()?;
+        let text = |lines: &Mutex<Vec<String>>| {
+            lock(lines).iter().fold(String::new(), |text, line| text + line + "\n")
+        };
+        let (stdout, stderr) = (text(&self.printed.stdout), text(&self.printed.stderr));
+        Ok(Ended { code: status.code(), stdout, stderr })
     }
 
     /// What it has written to standard error.
@@ -309,6 +365,11 @@ impl Daemon {
     /// The events so far.
     pub fn events(&self) -> Result<Vec<Event>> {
         parse_events(&lock(&self.printed.stdout))
+    }
+
+    /// The lines on standard output so far.
+    pub fn lines(&self) -> Vec<String> {
+        lock(&self.printed.stdout).clone()
     }
 
     /// Waits until there are `count` events or more and returns all.
@@ -329,7 +390,7 @@ impl Daemon {
 
     /// Ends it with SIGINT and returns all its events and its summary.
     pub fn stop(mut self) -> Result<(Vec<Event>, Summary)> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).context("SIGINT")?;
+        self.signal(Signal::SIGINT)?;
         let status = sh::poll(TIMEOUT, || Ok(self.child.try_wait()?))?
             .context("vxcsum does not end on SIGINT")?;
         self.join_readers()?;

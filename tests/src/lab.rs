@@ -299,6 +299,41 @@ impl Lab {
         Ends::b(self.config.outer).inner_v6.into()
     }
 
+    /// Removes the VXLAN device of the sending node.
+    pub fn remove_vxlan(&self) -> Result<()> {
+        self.a.ip(&format!("link del {VXLAN}"))
+    }
+
+    /// Makes it again, with this policy.
+    pub fn add_vxlan(&self, outer_sum: OuterSum) -> Result<()> {
+        let config = LabConfig { outer_sum, ..self.config.clone() };
+        let [node_a, _] = self.nodes();
+        node_a.add_vxlan(&self.underlay_device, &config)
+    }
+
+    /// Removes the NICs, and with them everything upon them.
+    pub fn remove_nics(&self) -> Result<()> {
+        self.a.ip(&format!("link del {NIC}"))
+    }
+
+    /// Makes them again, and everything upon them. For a lab with nothing between.
+    pub fn add_nics(&self) -> Result<()> {
+        connect_nics(&self.config, &self.a, &self.b)?;
+        for node in self.nodes() {
+            node.add_underlay_addresses(NIC, &self.config)?;
+            node.add_vxlan(NIC, &self.config)?;
+        }
+        Ok(())
+    }
+
+    fn nodes(&self) -> [Node<'_>; 2] {
+        let [ends_a, ends_b] = [Ends::a(self.config.outer), Ends::b(self.config.outer)];
+        [
+            Node { ns: &self.a, own: ends_a, peer: ends_b },
+            Node { ns: &self.b, own: ends_b, peer: ends_a },
+        ]
+    }
+
     /// Puts rewriting rules into the sending node, in place of those it has.
     pub fn enable_nat(&self, nat: Nat) -> Result<()> {
         self.disable_nat()?;

@@ -4,15 +4,20 @@
 
 pub mod capture;
 pub mod cases;
+pub mod client;
 pub mod conntrack;
 pub mod counters;
 pub mod daemon;
 pub mod evidence;
+pub mod folder;
+pub mod foreign;
 pub mod lab;
 pub mod netns;
 pub mod oracle;
 pub mod packets;
+pub mod storm;
 pub mod traffic;
+pub mod wait;
 pub mod workload;
 
 mod packet;

@@ -640,13 +640,7 @@ fn checksum(sum: &Sum16BitWords) -> u16 {
 }
 
 /// Fills in the checksum of a TCP or UDP segment in which it is zero yet.
-fn sum_segment(
-    bytes: &mut [u8],
-    field: usize,
-    sum: SegmentSum,
-    ip: &Ip,
-    sums: Sums,
-) -> Result<()> {
+fn sum_segment(bytes: &mut [u8], field: usize, sum: SegmentSum, ip: &Ip, sums: Sums) -> Result<()> {
     let pseudo_header = ip.pseudo_header(bytes.len())?;
     let value = match (sum, sums) {
         (SegmentSum::Value(value), _) => value,

@@ -25,15 +25,15 @@ impl Tagger {
     /// Tags what leaves through `upper` and takes as many tags off what arrives at `nic`.
     pub(crate) fn start(ns: &NetNs, upper: &str, nic: &str, tags: &[Tag]) -> Result<Self> {
         ns.enter(|| {
-            let push = attach(&load(&push_tags(tags))?, upper, BPF_TCX_EGRESS)?;
-            let pop = attach(&load(&pop_tags(tags.len()))?, nic, BPF_TCX_INGRESS)?;
+            let push = attach(&load(&push_tags(tags))?, upper, BPF_TCX_EGRESS, 0)?;
+            let pop = attach(&load(&pop_tags(tags.len()))?, nic, BPF_TCX_INGRESS, 0)?;
             Ok(Self { _links: [push, pop] })
         })
     }
 }
 
 /// `struct bpf_insn`: opcode, registers (source in the high half), offset, immediate.
-type Instruction = (u8, u8, i16, i32);
+pub(crate) type Instruction = (u8, u8, i16, i32);
 
 const BPF_FUNC_SKB_VLAN_PUSH: i32 = 18;
 const BPF_FUNC_SKB_VLAN_POP: i32 = 19;
@@ -57,8 +57,14 @@ fn pop_tags(count: usize) -> Vec<u8> {
 
 /// Keeps the context in r6 for the calls and returns `TCX_NEXT` after them.
 fn program(calls: impl Iterator<Item = Instruction>) -> Vec<u8> {
-    let exit = (0x95, 0, 0, 0);
-    let all = std::iter::once(mov(6, 1)).chain(calls).chain([mov_value(0, -1), exit]);
+    let all = std::iter::once(mov(6, 1)).chain(calls).chain([mov_value(0, -1), EXIT]);
+    encode(all)
+}
+
+pub(crate) const EXIT: Instruction = (0x95, 0, 0, 0);
+
+pub(crate) fn encode(instructions: impl IntoIterator<Item = Instruction>) -> Vec<u8> {
+    let all = instructions.into_iter();
     all.flat_map(|(opcode, registers, offset, immediate)| {
         let mut bytes = vec![opcode, registers];
         bytes.extend(offset.to_ne_bytes());
@@ -72,7 +78,7 @@ fn mov(to: u8, from: u8) -> Instruction {
     (0xbf, to | from << 4, 0, 0)
 }
 
-fn mov_value(to: u8, value: i32) -> Instruction {
+pub(crate) fn mov_value(to: u8, value: i32) -> Instruction {
     (0xb7, to, 0, value)
 }
 
@@ -84,7 +90,7 @@ const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_TCX_INGRESS: u32 = 46;
-const BPF_TCX_EGRESS: u32 = 47;
+pub(crate) const BPF_TCX_EGRESS: u32 = 47;
 
 /// The start of `union bpf_attr` for `BPF_PROG_LOAD`.
 #[repr(C)]
@@ -104,25 +110,31 @@ struct LinkCreate {
     flags: u32,
 }
 
-fn load(instructions: &[u8]) -> Result<OwnedFd> {
+pub(crate) fn load(instructions: &[u8]) -> Result<OwnedFd> {
     let attr = ProgLoad {
         prog_type: BPF_PROG_TYPE_SCHED_CLS,
         insn_cnt: u32::try_from(instructions.len() / 8)?,
         insns: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
     };
-    bpf(BPF_PROG_LOAD, &attr).context("load a program that adds or removes VLAN tags")
+    bpf(BPF_PROG_LOAD, &attr).context("load a TC program of the lab's")
 }
 
-fn attach(program: &OwnedFd, device: &str, attach_type: u32) -> Result<OwnedFd> {
+/// Hangs a program on a device, behind those that are there unless `flags` say otherwise.
+pub(crate) fn attach(
+    program: &OwnedFd,
+    device: &str,
+    attach_type: u32,
+    flags: u32,
+) -> Result<OwnedFd> {
     let attr = LinkCreate {
         prog_fd: program.as_raw_fd(),
         target_ifindex: if_nametoindex(device).with_context(|| device.to_owned())?,
         attach_type,
-        flags: 0,
+        flags,
     };
     let link = bpf(BPF_LINK_CREATE, &attr);
-    link.with_context(|| format!("attach a VLAN program to {device} (TCX, kernel 6.6)"))
+    link.with_context(|| format!("attach a program to {device} (TCX, kernel 6.6)"))
 }
 
 fn bpf<T>(command: libc::c_long, attr: &T) -> Result<OwnedFd> {

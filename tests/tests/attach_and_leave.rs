@@ -31,7 +31,7 @@ fn tcx_leaves_nothing_even_after_a_kill() -> Result<()> {
     let vxcsum = Daemon::start(&lab.a, NIC, ["--attach", "tcx", "--fix", "restore"])?;
     assert!(connects(&lab, &server)?);
     let (_, summary) = vxcsum.stop()?;
-    assert_eq!(summary.interface()?.attach, "tcx");
+    assert_eq!(summary.interface()?.attach.as_deref(), Some("tcx"));
     assert!(!connects(&lab, &server)?);
 
     let vxcsum = Daemon::start(&lab.a, NIC, ["--attach", "tcx", "--fix", "restore"])?;
@@ -59,7 +59,7 @@ fn clsact_leaves_other_filters_alone_and_clears_up_after_a_kill() -> Result<()> 
     assert_ne!(filters(&lab)?, foreign);
     assert!(connects(&lab, &server)?);
     let (_, summary) = vxcsum.stop()?;
-    assert_eq!(summary.interface()?.attach, "clsact");
+    assert_eq!(summary.interface()?.attach.as_deref(), Some("clsact"));
     assert_eq!(filters(&lab)?, foreign);
 
     Daemon::start(&lab.a, NIC, options)?.kill()?;

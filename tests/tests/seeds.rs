@@ -168,15 +168,10 @@ mod one_minute_to_connect {
     #[test]
     fn what_was_sent_before_tells_the_policy() {
         // Nobody had rtnetlink's word, but every healthy packet was "no cksum".
-        let learned = Port {
-            port: 8472,
-            seen_ipv4: Port::lesson(Verdict::Zero),
-            ..Port::default()
-        };
-        let config = Config {
-            ports: Ports::new(&[learned]).unwrap(),
-            ..bytemuck::Zeroable::zeroed()
-        };
+        let learned =
+            Port { port: 8472, seen_ipv4: Port::lesson(Verdict::Zero), ..Port::default() };
+        let config =
+            Config { ports: Ports::new(&[learned]).unwrap(), ..bytemuck::Zeroable::zeroed() };
         let policy = config.ports.get(8472).unwrap().policy(false);
         let frame = syn(0, macs(), 60142, Check::Value(0xffff), SegmentSum::Complete);
         assert_eq!(examined(&frame.bytes, policy).verdict, Verdict::MangledZero);
@@ -277,8 +272,7 @@ mod name_server_out_of_reach {
         header.acknowledgment_number = ack;
         header.syn = syn;
         header.fin = flags.contains('F');
-        let options =
-            if syn { syn_options(1410, timestamps, 7) } else { options(timestamps) };
+        let options = if syn { syn_options(1410, timestamps, 7) } else { options(timestamps) };
         header.set_options_raw(&options).unwrap();
         let tcp = Tcp { header, payload: Vec::new(), sum: SegmentSum::Open };
         let ip = Ip { dont_fragment: true, ..ip(false, identification, Transport::Tcp(tcp)) };
@@ -309,7 +303,8 @@ mod name_server_out_of_reach {
         let macs = macs();
         let answer = |last: u16| {
             let payload = [&[0xda; 123][..], &last.to_be_bytes()].concat();
-            let udp = Udp { source_port: 53, destination_port: 6570, payload, sum: SegmentSum::Open };
+            let udp =
+                Udp { source_port: 53, destination_port: 6570, payload, sum: SegmentSum::Open };
             let ip = ip(false, 61091, Transport::Udp(udp));
             let ip = Ip { dont_fragment: true, ..ip };
             packet(false, 39446, Check::Value(0x7427), macs, ip)

@@ -24,16 +24,16 @@ const RETRY: Duration = Duration::from_secs(1);
 /// that waits to be received stands for all since.
 pub fn subscribe() -> std::io::Result<mpsc::Receiver<()>> {
     let mut subscription = Subscription::new()?;
-    let (changed, changes) = mpsc::channel(1);
+    let (report, changes) = mpsc::channel(1);
     // In a task of its own, so that whoever waits for it may stop waiting without losing anything.
     tokio::spawn(async move {
         loop {
             tokio::select! {
-                () = changed.closed() => return,
+                () = report.closed() => return,
                 () = subscription.burst() => {}
             }
             // Full where the last change has not been followed yet, which will do for this one.
-            let _ = changed.try_send(());
+            let _ = report.try_send(());
         }
     });
     Ok(changes)

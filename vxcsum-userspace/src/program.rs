@@ -98,7 +98,7 @@ impl Program {
         let devices = take_map(&mut ebpf, "DEVICES", HashMap::try_from)?;
         let events = take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?;
         let mut program = Self { ebpf, config, counters, devices };
-        program.classifier()?.load().map_err(LoadError::of_program)?;
+        program.classifier()?.load().map_err(|error| LoadError::of_program(&error))?;
         Ok((program, events))
     }
 
@@ -166,13 +166,13 @@ impl LoadError {
         Self::by_cause(&error).unwrap_or(Self::Object(error))
     }
 
-    fn of_program(error: ProgramError) -> Self {
+    fn of_program(error: &ProgramError) -> Self {
         /// Of a log of thousands, those that say what is wrong.
         const LAST_LINES: usize = 6;
         if let Some(known) = Self::by_cause(&error) {
             return known;
         }
-        let ProgramError::LoadError { io_error, verifier_log } = &error else {
+        let ProgramError::LoadError { io_error, verifier_log } = error else {
             return Self::Program(error.to_string());
         };
         let log = verifier_log.to_string();

@@ -233,7 +233,7 @@ fn counted(before: &Counters, after: &Counters, case: &Case) -> Option<Verdict> 
         let (before, after) = (before.of(verdict), after.of(verdict));
         if after != before {
             assert_eq!(after.skbs - before.skbs, 1, "{name}: {}", verdict.as_str());
-            let packets = after.packets - before.packets;
+            let packets = after.packets() - before.packets();
             assert_eq!(packets, u64::from(case.segments), "{name}: packets");
             let bytes = after.bytes - before.bytes;
             assert_eq!(bytes, u64::from(wire_len(case)), "{name}: bytes");
