@@ -169,7 +169,7 @@ impl LoadError {
     fn of_program(error: &ProgramError) -> Self {
         /// Of a log of thousands, those that say what is wrong.
         const LAST_LINES: usize = 6;
-        if let Some(known) = Self::by_cause(&error) {
+        if let Some(known) = Self::by_cause(error) {
             return known;
         }
         let ProgramError::LoadError { io_error, verifier_log } = error else {
