@@ -1,5 +1,10 @@
 //! What must hold for every packet, tried on random ones, against checksums that are computed by
 //! other people's code; and the BPF program against the common crate.
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "what these tests are made of fails as they do, by a panic"
+)]
 
 mod test_run;
 
@@ -12,7 +17,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::TestRunner;
-use test_run::{Kernel, TestRun, in_user_space, right_sum, verdict};
+use test_run::{Kernel, TestRun, hex, in_user_space, right_sum, verdict};
 use vxcsum_common::fix::remedy;
 use vxcsum_common::layout::{Action, FixMode, MASQUERADE_MARK};
 use vxcsum_common::{
@@ -41,10 +46,6 @@ impl Debug for Packet {
         let frame = self.frame(Check::Zero);
         write!(f, "{}, open: {:?}, padding: {}", hex(&frame.bytes), frame.open, self.padding)
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Packet {
@@ -185,7 +186,7 @@ fn segment_sum() -> impl Strategy<Value = SegmentSum> {
 
 fn tcp_or_udp() -> BoxedStrategy<Transport> {
     let ports = (any::<u16>(), any::<u16>());
-    let tcp = (ports.clone(), any::<(u32, u16)>(), vec(Just(1), 0..=10), data(), segment_sum());
+    let tcp = (ports, any::<(u32, u16)>(), vec(Just(1), 0..=10), data(), segment_sum());
     let tcp = tcp.prop_map(|((from, to), (sequence, window), words, payload, sum)| {
         let mut header = etherparse::TcpHeader::new(from, to, sequence, window);
         header.set_options_raw(&words.repeat(4)).unwrap();

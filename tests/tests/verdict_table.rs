@@ -1,11 +1,16 @@
 //! One table of packets, through the common crate and through the BPF program in the kernel.
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "what these tests are made of fails as they do, by a panic"
+)]
 
 mod test_run;
 mod wire;
 
 use std::collections::BTreeSet;
 
-use test_run::{Kernel, Outcome, TestRun, Way, in_user_space, right_sum};
+use test_run::{Kernel, Outcome, TestRun, Way, hex, in_user_space, right_sum};
 use vxcsum::program::Program;
 use vxcsum_common::layout::{SEEN_SUM, SEEN_ZERO};
 use vxcsum_common::{Offload, Policy, Verdict};
@@ -50,13 +55,11 @@ fn differences(case: &Case, outcome: &Outcome) -> Vec<String> {
         }
         (should, is) => compare("report", format!("{is:?}"), format!("{should:?}")),
     }
-    let changed = |frame: &[u8]| match frame.len() == case.frame.bytes.len() {
-        true => {
-            let bytes = frame.iter().zip(&case.frame.bytes).enumerate();
-            let changed = bytes.filter(|(_, (is, was))| is != was);
-            changed.map(|(at, (is, _))| format!("{at}: {is:02x} ")).collect()
-        }
-        false => format!("{} bytes", frame.len()),
+    let changed = |frame: &[u8]| {
+        let bytes = frame.iter().zip(&case.frame.bytes).enumerate();
+        let changed = bytes.filter(|(_, (is, was))| is != was);
+        let changed: Vec<_> = changed.map(|(at, (is, _))| format!("{at}: {is:02x}")).collect();
+        format!("{} of {} bytes", changed.join(", "), frame.len())
     };
     compare("change", changed(&outcome.after), changed(&after));
     differences
@@ -72,7 +75,7 @@ fn describe(case: &Case, offload: Offload, differences: &[String]) -> String {
         "{} ({offload:?}): {}\n    frame {}",
         case.name,
         differences.join(", "),
-        case.frame.bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+        hex(&case.frame.bytes)
     )
 }
 

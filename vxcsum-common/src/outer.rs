@@ -19,6 +19,9 @@ const VLAN_LEN: usize = 4;
 const MAX_VLAN_TAGS: usize = 2;
 /// IPv6 extension headers that are looked through (RFC 8200 §4.1 lists six, each once).
 const MAX_EXTENSION_HEADERS: usize = 6;
+/// A chain of extension headers this long is not followed further, so that no offset grows beyond
+/// what the BPF program can reach. One header has 2048 bytes at the most.
+const MAX_EXTENSIONS_LEN: usize = 1024;
 const IPV4_LEN: usize = 20;
 const IPV6_LEN: usize = 40;
 
@@ -275,7 +278,10 @@ impl Extensions {
     pub fn read<P: Packet>(packet: &P, protocol: u8, offset: usize) -> Result<Self, Cut> {
         let mut extensions = Self::none(protocol);
         for _ in 0..MAX_EXTENSION_HEADERS {
-            if extensions.fragment_offset != 0 || !extensions.next(packet, offset)? {
+            if extensions.fragment_offset != 0
+                || extensions.len > MAX_EXTENSIONS_LEN
+                || !extensions.next(packet, offset)?
+            {
                 break;
             }
             extensions.len = packet.forget(extensions.len);

@@ -107,6 +107,11 @@ pub(crate) fn right_sum(frame: &Frame) -> u16 {
     }
 }
 
+/// A packet in a message.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat()
+}
+
 /// A way for a packet to come before the program.
 pub(crate) trait Way {
     /// Whether the packet can come that way, with its sums in that state.
@@ -284,7 +289,7 @@ impl Way for TestRun {
     }
 
     fn pass(&mut self, program: &mut Program, case: &Case, _: Offload) -> Vec<u8> {
-        /// `TC_ACT_UNSPEC` (include/uapi/linux/pkt_cls.h).
+        /// `TC_ACT_UNSPEC` of `include/uapi/linux/pkt_cls.h`.
         const TC_ACT_UNSPEC: u32 = u32::MAX;
 
         let frame = &case.frame.bytes;

@@ -86,7 +86,7 @@ impl Way for Wire {
     }
 }
 
-/// A `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h). Of a packet longer than a page, no
+/// A `struct virtio_net_hdr` of `include/uapi/linux/virtio_net.h`. Of a packet longer than a page, no
 /// more becomes linear than the link header and what is announced here.
 fn vnet_header(offload: Offload) -> [u8; 10] {
     const NEEDS_CSUM: u8 = 1;
