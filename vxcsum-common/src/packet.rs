@@ -12,6 +12,7 @@ macro_rules! load {
     ($integer:ty, $bytes:expr, $at:expr) => {{
         let at: usize = $at;
         #[cfg(target_arch = "bpf")]
+        #[expect(clippy::cast_ptr_alignment, reason = "explained above")]
         // SAFETY: the bytes are within the array; alignment is the verifier's business (above).
         let value = unsafe { $bytes.as_ptr().add(at).cast::<$integer>().read() };
         #[cfg(not(target_arch = "bpf"))]

@@ -31,6 +31,7 @@ use crate::skb::Skb;
 
 /// Runs for every packet that leaves through the interface.
 #[classifier]
+#[expect(clippy::needless_pass_by_value, reason = "the signature is aya's")]
 fn vxcsum_egress(ctx: TcContext) -> i32 {
     examine(ctx.skb.skb);
     TC_ACT_UNSPEC

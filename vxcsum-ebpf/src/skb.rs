@@ -300,5 +300,5 @@ unsafe fn add_chunk(chunk: *mut u8, len: usize, sum: u64) -> u64 {
     // SAFETY: promised by the caller. Fails only for a length that is no multiple of four.
     let outcome =
         unsafe { bpf_csum_diff(ptr::null_mut(), 0, chunk.cast(), len as u32, sum as u32) };
-    outcome as u64 & 0xffff_ffff
+    outcome.cast_unsigned() & 0xffff_ffff
 }

@@ -34,7 +34,7 @@ const BINARY_VARIABLE: &str = "VXCSUM_BIN";
 const PATIENCE: Duration = Duration::from_secs(4);
 /// For what should happen at once.
 const AT_ONCE: Duration = Duration::from_secs(10);
-/// The port that the connection goes to, CoreDNS's metrics as in the first report of the bug.
+/// The port that the connection goes to, that of `CoreDNS`'s metrics as in the first report of the bug.
 const SERVICE_PORT: u16 = 9153;
 /// The port of the tunnel.
 const VXLAN_PORT: u16 = 8472;
@@ -231,13 +231,11 @@ impl Watching {
                 }
             }),
         };
-        match is_ready.recv_timeout(AT_ONCE) {
-            Ok(()) => Ok(watching),
-            Err(_) => {
-                let status = watching.end()?.0;
-                bail!("vxcsum did not start ({status}), see its messages above")
-            }
+        if is_ready.recv_timeout(AT_ONCE).is_err() {
+            let (status, _) = watching.end()?;
+            bail!("vxcsum did not start ({status}), see its messages above");
         }
+        Ok(watching)
     }
 
     /// Ends it as Ctrl-C would. Returns how many events it printed.
