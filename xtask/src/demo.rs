@@ -213,6 +213,9 @@ impl Watching {
             .a
             .command(binary)
             .args(arguments)
+            // Out of the way of a vxcsum that runs on this machine.
+            .arg("--socket")
+            .arg(std::env::temp_dir().join(format!("vxcsum-demo-{}.sock", std::process::id())))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
