@@ -51,6 +51,8 @@ pub(crate) fn run() -> Result<()> {
     }
     ctrlc::set_handler(|| {
         netns::remove_own();
+        // Where vxcsum did not come to it, having been killed with its namespace.
+        let _ = std::fs::remove_file(socket());
         eprintln!("\ninterrupted; what the demo made is removed");
         std::process::exit(130);
     })
@@ -215,7 +217,7 @@ impl Watching {
             .args(arguments)
             // Out of the way of a vxcsum that runs on this machine.
             .arg("--socket")
-            .arg(std::env::temp_dir().join(format!("vxcsum-demo-{}.sock", std::process::id())))
+            .arg(socket())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -258,6 +260,11 @@ impl Watching {
         let _ = self.stderr.join();
         Ok((status, events))
     }
+}
+
+/// Where the demo's vxcsum listens.
+fn socket() -> PathBuf {
+    std::env::temp_dir().join(format!("vxcsum-demo-{}.sock", std::process::id()))
 }
 
 /// Shows lines as they come. Returns how many of them were events: those start with the time.
