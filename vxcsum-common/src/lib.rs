@@ -3,12 +3,12 @@
 //!
 //! The crate knows nothing of BPF or of an operating system. It reaches a packet only through
 //! [`Packet`], so one verdict is compiled into the BPF program, into the command line and into
-//! the tests. Everything is inlined: the verifiers of older kernels follow packet pointers only
-//! within one function.
+//! the tests. Everything is inlined into the function that uses it: a BPF program cannot hand a
+//! packet pointer to a function that the verifier walks on its own.
 #![no_std]
 #![allow(
     clippy::inline_always,
-    reason = "verifiers of older kernels follow packet pointers only within one function"
+    reason = "a packet pointer cannot be handed to a global BPF function"
 )]
 
 pub mod checksum;
