@@ -125,11 +125,11 @@ impl<'a> Demo<'a> {
     /// The bug, and what vxcsum says of it.
     fn stall(&self) -> Result<()> {
         heading(&format!("A TCP connection to {}, watched by vxcsum", self.service()));
-        let before = self.receiver_drops()?;
         let watching = Watching::start(self.binary, &self.lab, &[])?;
+        let before = self.receiver_drops()?;
         let connected = self.connect()?;
-        let events = watching.stop()?;
         let drops = self.receiver_drops()? - before;
+        let events = watching.stop()?;
         ensure!(
             connected.is_none() && events > 0,
             "the connection did not stall: this kernel does not have the bug"
@@ -141,11 +141,12 @@ impl<'a> Demo<'a> {
     /// The same connection with a fix mode.
     fn cure(&self, mode: &str, what: &str) -> Result<()> {
         heading(&format!("The same connection with --fix {mode}: {what}"));
-        let before = self.receiver_drops()?;
         let watching = Watching::start(self.binary, &self.lab, &["--fix", mode])?;
+        // While it watches: the last connection may still be saying goodbye before, unfixed.
+        let before = self.receiver_drops()?;
         let connected = self.connect()?;
-        watching.stop()?;
         let drops = self.receiver_drops()? - before;
+        watching.stop()?;
         ensure!(connected.is_some(), "the connection stalls with --fix {mode} as well");
         say(&format!("Receiver: Udp InCsumErrors rose by {drops}."));
         Ok(())
