@@ -252,7 +252,7 @@ impl Case {
             fix: self.fix as u8,
             fix_unproven: self.fix_unproven.into(),
             is_raw_ip: self.frame.is_raw_ip.into(),
-            reserved: 0,
+            following: 0,
             // So little that no event is held back, but that each is asked for.
             event_cost_ns: 1,
         })

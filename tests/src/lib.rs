@@ -15,6 +15,7 @@ pub mod lab;
 pub mod netns;
 pub mod oracle;
 pub mod packets;
+pub mod segment;
 pub mod storm;
 pub mod traffic;
 pub mod wait;

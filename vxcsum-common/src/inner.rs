@@ -82,12 +82,53 @@ pub fn parse<P: Packet>(packet: &P, outer: &Outer) -> Result<Inner, Cut> {
 #[inline(always)]
 pub fn flow<P: Packet>(packet: &P, outer: &Outer) -> Result<u64, Cut> {
     let (ethertype, offset) = outer::ethertype(packet, outer.inner())?;
-    let flow = Flow::new(outer.vni);
     let Some(ip) = outer::ip(packet, ethertype, offset)? else {
+        let flow = Flow::new(outer.vni);
         let macs = packet.header::<12>(outer.inner())?;
         return Ok(flow.with(macs.be32::<0>()).with(macs.be32::<4>()).with(macs.be32::<8>()).0);
     };
-    let flow = flow.with(u32::from(ip.protocol));
+    flow_of(packet, outer, &ip)
+}
+
+/// A packet of an inner TCP connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpSegment {
+    /// The number of its [`flow`].
+    pub flow: u64,
+    /// Sequence number.
+    pub sequence: u32,
+    /// Flags as in the header (RFC 9293 §3.1).
+    pub flags: u8,
+}
+
+impl TcpSegment {
+    /// Asks for, or grants, a connection.
+    pub const SYN: u8 = 0x02;
+    /// Resets it.
+    pub const RST: u8 = 0x04;
+    /// Acknowledges: from a client, that its SYN was answered.
+    pub const ACK: u8 = 0x10;
+}
+
+/// What [`flow`] and TCP header say of an inner TCP packet; `None` for any other.
+#[inline(always)]
+pub fn tcp_segment<P: Packet>(packet: &P, outer: &Outer) -> Result<Option<TcpSegment>, Cut> {
+    let (ethertype, offset) = outer::ethertype(packet, outer.inner())?;
+    let Some(ip) = outer::ip(packet, ethertype, offset)? else { return Ok(None) };
+    if ip.protocol != TCP || ip.fragment_offset != 0 {
+        return Ok(None);
+    }
+    let header = packet.header::<14>(ip.payload)?;
+    Ok(Some(TcpSegment {
+        flow: flow_of(packet, outer, &ip)?,
+        sequence: header.be32::<4>(),
+        flags: header.u8::<13>(),
+    }))
+}
+
+#[inline(always)]
+fn flow_of<P: Packet>(packet: &P, outer: &Outer, ip: &Ip) -> Result<u64, Cut> {
+    let flow = Flow::new(outer.vni).with(u32::from(ip.protocol));
     let flow = if ip.is_ipv6 {
         let ends = packet.header::<32>(ip.offset + 8)?;
         let source = flow.with(ends.be32::<0>()).with(ends.be32::<4>());

@@ -33,8 +33,8 @@ pub struct Config {
     pub fix_unproven: u8,
     /// The interface has no link header.
     pub is_raw_ip: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// Not zero while user space follows inner flows of the interface; it sets it.
+    pub following: u8,
     /// Time that an event costs, in nanoseconds: a second by the rate limit; 0 without a limit.
     pub event_cost_ns: u32,
 }
@@ -45,6 +45,22 @@ pub const BURST_NS: u64 = 1_000_000_000;
 
 /// Inner flows that are remembered per interface.
 pub const MAX_FLOWS: u32 = 8192;
+
+impl Config {
+    /// Takes over what `before` holds of the running program: what it has learned about the same
+    /// ports, and whether flows are followed.
+    pub fn carry(&mut self, before: &Self) {
+        self.ports.carry_lessons(&before.ports);
+        self.following = before.following;
+    }
+}
+
+/// Inner TCP flows that user space may follow at a time on one interface.
+pub const MAX_FOLLOWED: u32 = 4096;
+
+/// In the value of a followed flow: a SYN that left whole has been told. The bits below count
+/// broken SYNs whose event was suppressed or lost.
+pub const SYN_TOLD: u32 = 1 << 31;
 
 /// The watched ports, each in the slot that its number hashes to, so that the program finds any of
 /// them with one look, and so does the verifier, which would walk a search from every place on.
@@ -336,7 +352,7 @@ pub struct Counters {
     pub restored: u64,
 }
 
-/// A broken packet.
+/// A broken packet, or a packet of a followed flow.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct Event {
@@ -366,8 +382,13 @@ pub struct Event {
     pub policy: u8,
     /// `skb->ip_summed`, or [`Event::IP_SUMMED_UNKNOWN`].
     pub ip_summed: u8,
+    /// Not zero: told because its inner flow is followed. No event then, and not counted as one.
+    pub is_followed: u8,
     /// Zero.
-    pub reserved: [u8; 7],
+    pub reserved: [u8; 2],
+    /// Of a packet that ends the following of its flow: broken SYNs before it whose event was
+    /// suppressed or lost.
+    pub held_back: u32,
     /// The start of the packet, from before it was fixed.
     pub snapshot: [u8; SNAPSHOT_LEN],
 }

@@ -25,7 +25,7 @@ pub(crate) fn handle(
     finding: &Finding,
     config: &Config,
     counters: &mut Counters,
-) -> Report {
+) -> (Report, Action) {
     debug!(
         TcContext::new(skb.ctx),
         "verdict {} check {:x} expected {:x}",
@@ -35,15 +35,33 @@ pub(crate) fn handle(
     );
     let remedy = remedy(FixMode::from_u8(config.fix), config.fix_unproven != 0, finding);
     if !limit::allows(skb, outer, config) {
-        apply(skb, finding, remedy, counters);
-        return Report::Suppressed;
+        return (Report::Suppressed, apply(skb, finding, remedy, counters));
     }
     let Some(mut event) = EVENTS.reserve::<Event>(0) else {
-        apply(skb, finding, remedy, counters);
-        return Report::Lost;
+        return (Report::Lost, apply(skb, finding, remedy, counters));
     };
     let out = event.as_mut_ptr();
-    // SAFETY: `out` is valid for a whole `Event`, and each field is written before it is sent.
+    // SAFETY: `out` is valid for a whole `Event`.
+    unsafe { write(out, skb, finding) };
+    let action = apply(skb, finding, remedy, counters);
+    // SAFETY: as above.
+    unsafe {
+        (*out).is_followed = 0;
+        (*out).held_back = 0;
+        (*out).action = action as u8;
+    }
+    event.submit(0);
+    (Report::Emitted, action)
+}
+
+/// Writes what an event tells of a packet: every field but `action`, `is_followed` and `held_back`.
+///
+/// # Safety
+///
+/// `out` is valid for a whole `Event`.
+#[inline(always)]
+pub(crate) unsafe fn write(out: *mut Event, skb: &Skb, finding: &Finding) {
+    // SAFETY: promised by the caller.
     unsafe {
         (*out).boot_ns = bpf_ktime_get_boot_ns();
         (*out).len = skb.len() as u32;
@@ -57,11 +75,8 @@ pub(crate) fn handle(
         (*out).proof = finding.proof as u8;
         (*out).policy = finding.policy as u8;
         (*out).ip_summed = skb.ip_summed();
-        (*out).reserved = [0; 7];
-        (*out).action = apply(skb, finding, remedy, counters) as u8;
+        (*out).reserved = [0; 2];
     }
-    event.submit(0);
-    Report::Emitted
 }
 
 /// Copies the start of the packet. Returns how many bytes.

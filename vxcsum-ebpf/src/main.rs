@@ -12,6 +12,7 @@
 )]
 
 mod broken;
+mod follow;
 mod limit;
 mod maps;
 mod opaque;
@@ -20,10 +21,10 @@ mod skb;
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use vxcsum_common::layout::{Counters, Port, Report};
+use vxcsum_common::layout::{Action, Counters, Port, Report};
 use vxcsum_common::outer::{self, Beyond, Location, Outer};
 use vxcsum_common::verdict::{self, Answer, AnswerKind, Watch as _};
-use vxcsum_common::{Packet as _, Policy, Verdict};
+use vxcsum_common::{Cut, Packet as _, Policy, Verdict, inner};
 
 use crate::maps::{COUNTERS, Known};
 use crate::opaque::opaque;
@@ -70,10 +71,23 @@ fn judge(skb: Skb, known: Known, at: Location, port: *mut Port, counters: &mut C
     };
     match answer.verdict(policy) {
         Some(verdict) => {
+            if known.config().following != 0 {
+                follow(skb, known, at, verdict);
+            }
             count(&skb, verdict, Report::None, counters);
             learn(verdict, at.is_ipv6, port);
         }
         None => _ = broken(skb.ctx, at.to_bits(), answer.to_bits(), policy as u32),
+    }
+}
+
+/// Tells of a packet that is not broken, where its inner flow is followed.
+#[inline(always)]
+fn follow(skb: Skb, known: Known, at: Location, verdict: Verdict) {
+    let told = followed(skb.ctx, at.to_bits(), verdict as u32, Action::None as u32);
+    if told == CUT && skb.is_partly_linear() {
+        skb.with_linear_headers(known);
+        followed(skb.ctx, at.to_bits(), verdict as u32, Action::None as u32);
     }
 }
 
@@ -146,13 +160,35 @@ extern "C" fn broken(ctx: *mut __sk_buff, at: u64, answer: u64, policy: u32) -> 
     let Ok(outer) = Outer::read(&skb, Location::from_bits(at)) else { return 0 };
     let policy = Policy::from_u8(policy as u8);
     let finding = verdict::explain(&skb, &known, &outer, policy, Answer::from_bits(answer));
-    let report = if finding.verdict.is_broken() {
+    let (report, action) = if finding.verdict.is_broken() {
         broken::handle(&skb, &outer, &finding, known.config(), counters)
     } else {
-        Report::None
+        (Report::None, Action::None)
     };
+    // An event tells enough.
+    if known.config().following != 0 && report as u8 != Report::Emitted as u8 {
+        followed(ctx, at, finding.verdict as u32, action as u32);
+    }
     count(&skb, finding.verdict, report, counters);
     0
+}
+
+/// [`follow::tell`] of a packet without an event.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn followed(ctx: *mut __sk_buff, at: u64, verdict: u32, action: u32) -> u64 {
+    let Some(known) = Known::get() else { return CUT };
+    let skb = Skb::new(ctx, known);
+    let segment = Outer::read(&skb, Location::from_bits(at))
+        .and_then(|outer| inner::tcp_segment(&skb, &outer).map(|segment| (outer, segment)));
+    match segment {
+        Ok((outer, Some(segment))) => {
+            follow::tell(&skb, &outer, segment, verdict as u8, action as u8);
+            0
+        }
+        Ok((_, None)) => 0,
+        Err(Cut) => CUT,
+    }
 }
 
 #[inline(always)]

@@ -1,8 +1,9 @@
 //! The maps, and what they tell the verdict.
 
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
-use vxcsum_common::layout::{ANY_VNI, Config, Counters, DeviceKey, Port};
+use vxcsum_common::layout::{ANY_VNI, Config, Counters, DeviceKey, MAX_FOLLOWED, Port};
 use vxcsum_common::verdict::Watch;
 use vxcsum_common::{Device, Policy};
 
@@ -21,6 +22,12 @@ static DEVICES: HashMap<DeviceKey, Device> = HashMap::with_max_entries(4096, 0);
 /// Broken packets, for user space; the loader sets its size.
 #[map]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// Inner TCP flows that user space follows, by the number of the flow: see
+/// [`SYN_TOLD`](vxcsum_common::layout::SYN_TOLD). Mostly empty, so its memory comes and goes.
+#[map]
+pub(crate) static FOLLOWED: HashMap<u64, u32> =
+    HashMap::with_max_entries(MAX_FOLLOWED, BPF_F_NO_PREALLOC);
 
 /// What user space has made known.
 #[derive(Clone, Copy)]

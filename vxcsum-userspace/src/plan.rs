@@ -114,7 +114,7 @@ impl Plan {
             fix: wish.fix as u8,
             fix_unproven: wish.fix_unproven.into(),
             is_raw_ip: link.is_raw_ip.into(),
-            reserved: 0,
+            following: 0,
             event_cost_ns: wish.event_cost_ns(),
         };
         Ok(Self { ports, devices, config })

@@ -1,13 +1,15 @@
 //! The BPF program of one interface: loading, its maps, and what it has counted.
 
 use std::io;
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, Mutex};
 
-use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use thiserror::Error;
 use vxcsum_common::Device;
-use vxcsum_common::layout::{Config, Counters, DeviceKey, SkbLayout};
+use vxcsum_common::layout::{Config, Counters, DeviceKey, SYN_TOLD, SkbLayout};
 
 /// The object that the build script compiled.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxcsum-ebpf"));
@@ -44,7 +46,7 @@ pub enum LoadError {
         /// The map.
         name: &'static str,
         /// Why not.
-        source: aya::maps::MapError,
+        source: MapError,
     },
 }
 
@@ -74,12 +76,60 @@ struct Wire<T>(T);
 // value, there is no padding and no pointer.
 unsafe impl<T: bytemuck::Pod> aya::Pod for Wire<T> {}
 
+/// Says which inner flows of one interface are followed; a [`Program`] has as many as are asked for.
+pub struct Followed {
+    flows: HashMap<MapData, u64, u32>,
+    config: Array<MapData, Wire<Config>>,
+}
+
+impl Followed {
+    /// Has the first packet told that leaves whole, of the inner TCP flow of this number
+    /// ([`vxcsum_common::inner::flow`]). One that is followed already starts anew.
+    pub fn insert(&mut self, flow: u64) -> Result<(), LoadError> {
+        self.flows.insert(flow, 0, 0).map_err(Self::error)?;
+        self.set_following(true)
+    }
+
+    /// How many broken SYNs of a flow have had no event since it is followed; none once it is not.
+    pub fn held_back(&self, flow: u64) -> Option<u32> {
+        self.flows.get(&flow, 0).ok().map(|told| told & !SYN_TOLD)
+    }
+
+    /// Ends that, if the packet has not come.
+    pub fn remove(&mut self, flow: u64) -> Result<(), LoadError> {
+        match self.flows.remove(&flow) {
+            Err(MapError::SyscallError(error))
+                if error.io_error.kind() == io::ErrorKind::NotFound =>
+            {
+                Ok(())
+            }
+            other => other.map_err(Self::error),
+        }
+    }
+
+    /// Whether any flow is followed; where none is, the program does not look for them.
+    pub fn set_following(&mut self, following: bool) -> Result<(), LoadError> {
+        let error = |source| LoadError::Map { name: "CONFIG", source };
+        let Wire(mut config) = self.config.get(&0, 0).map_err(error)?;
+        if config.following != u8::from(following) {
+            config.following = following.into();
+            self.config.set(0, Wire(config), 0).map_err(error)?;
+        }
+        Ok(())
+    }
+
+    const fn error(source: MapError) -> LoadError {
+        LoadError::Map { name: "FOLLOWED", source }
+    }
+}
+
 /// A loaded program with maps of its own.
 pub struct Program {
     ebpf: Ebpf,
     config: Array<MapData, Wire<Config>>,
     counters: PerCpuArray<MapData, Wire<Counters>>,
     devices: HashMap<MapData, Wire<DeviceKey>, Wire<Device>>,
+    followed: Arc<Mutex<Followed>>,
 }
 
 impl Program {
@@ -93,11 +143,17 @@ impl Program {
             .map_max_entries("EVENTS", options.ring_len)
             .load(OBJECT)
             .map_err(LoadError::of_object)?;
+        let followed = Followed {
+            flows: take_map(&mut ebpf, "FOLLOWED", HashMap::try_from)?,
+            config: Array::try_from(second_handle(&ebpf, "CONFIG")?)
+                .map_err(|source| LoadError::Map { name: "CONFIG", source })?,
+        };
         let config = take_map(&mut ebpf, "CONFIG", Array::try_from)?;
         let counters = take_map(&mut ebpf, "COUNTERS", PerCpuArray::try_from)?;
         let devices = take_map(&mut ebpf, "DEVICES", HashMap::try_from)?;
         let events = take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?;
-        let mut program = Self { ebpf, config, counters, devices };
+        let followed = Arc::new(Mutex::new(followed));
+        let mut program = Self { ebpf, config, counters, devices, followed };
         program.classifier()?.load().map_err(|error| LoadError::of_program(&error))?;
         Ok((program, events))
     }
@@ -108,6 +164,11 @@ impl Program {
             .program_mut(PROGRAM_NAME)
             .and_then(|program| program.try_into().ok())
             .ok_or(LoadError::Missing("program vxcsum_egress"))
+    }
+
+    /// The inner flows that are followed, for whoever says which these are.
+    pub fn followed(&self) -> Arc<Mutex<Followed>> {
+        self.followed.clone()
     }
 
     /// The whole object, for the debug log.
@@ -155,10 +216,19 @@ impl Program {
 fn take_map<T>(
     ebpf: &mut Ebpf,
     name: &'static str,
-    convert: impl FnOnce(aya::maps::Map) -> Result<T, aya::maps::MapError>,
+    convert: impl FnOnce(Map) -> Result<T, MapError>,
 ) -> Result<T, LoadError> {
     let map = ebpf.take_map(name).ok_or(LoadError::Missing(name))?;
     convert(map).map_err(|source| LoadError::Map { name, source })
+}
+
+/// Another handle of an array, which can be taken besides.
+fn second_handle(ebpf: &Ebpf, name: &'static str) -> Result<Map, LoadError> {
+    let error = |source| LoadError::Map { name, source };
+    let Some(Map::Array(map)) = ebpf.map(name) else { return Err(LoadError::Missing(name)) };
+    let fd =
+        map.fd().as_fd().try_clone_to_owned().map_err(|error_of_io| error(error_of_io.into()))?;
+    MapData::from_fd(fd).map(Map::Array).map_err(error)
 }
 
 impl LoadError {

@@ -307,7 +307,7 @@ impl Watched {
             }
         }
         let mut config = *plan.config();
-        config.ports.carry_lessons(&self.program.config()?.ports);
+        config.carry(&self.program.config()?);
         self.program.configure(&config)?;
         tracing::info!("watching {} ({}): {plan}", self.name, self.attachment.method.as_str());
         self.source.send_replace(Arc::new(Source { interface: self.name.clone(), plan }));
