@@ -88,6 +88,8 @@ pub struct Summary {
     pub events: Events,
     /// Counters of each watched interface.
     pub interfaces: Vec<Interface>,
+    /// Connections that wait.
+    pub stalls: Stalls,
 }
 
 /// What became of the events.
@@ -244,6 +246,8 @@ fn wrong_hex<E: serde::de::Error>(text: &str) -> E {
 #[derive(Debug, Default)]
 struct Printed {
     stdout: Mutex<Vec<String>>,
+    /// Apart from the rest of standard output: they come whenever somebody waits.
+    stalls: Mutex<Vec<String>>,
     stderr: Mutex<Vec<String>>,
     more: Condvar,
 }
@@ -286,7 +290,8 @@ impl Daemon {
         let mut readers = Vec::new();
         if let Some(pipe) = child.stdout.take() {
             readers.push(read_lines(pipe, Arc::clone(&printed), |printed, line| {
-                lock(&printed.stdout).push(line);
+                let is_stall = line.contains(r#","stall":{"#);
+                lock(if is_stall { &printed.stalls } else { &printed.stdout }).push(line);
                 printed.more.notify_all();
             }));
         }
@@ -367,7 +372,26 @@ impl Daemon {
         parse_events(&lock(&self.printed.stdout))
     }
 
-    /// The lines on standard output so far.
+    /// The lines about connections that wait, so far.
+    pub fn stalls(&self) -> Result<Vec<Stall>> {
+        let parse = |line: &String| {
+            let line: StallLine =
+                serde_json::from_str(line).with_context(|| format!("not a stall: {line}"))?;
+            Ok(line.stall)
+        };
+        lock(&self.printed.stalls).iter().map(parse).collect()
+    }
+
+    /// Waits for a line in this state, from the flow with this source port.
+    pub fn wait_stall(&self, state: &str, sport: u16, timeout: Duration) -> Result<Stall> {
+        wait_for(&format!("{state} of port {sport}"), timeout, || {
+            let is_it = |stall: &Stall| stall.state == state && stall.sport == sport;
+            Ok(self.stalls()?.into_iter().find(is_it))
+        })
+        .with_context(|| format!("lines: {:#?}", lock(&self.printed.stalls)))
+    }
+
+    /// The lines on standard output so far, but for those about connections that wait.
     pub fn lines(&self) -> Vec<String> {
         lock(&self.printed.stdout).clone()
     }
@@ -429,6 +453,82 @@ fn parse_events(lines: &[String]) -> Result<Vec<Event>> {
     let parse =
         |line: &String| serde_json::from_str(line).with_context(|| format!("not an event: {line}"));
     lines.iter().map(parse).collect()
+}
+
+#[derive(Deserialize)]
+struct StallLine {
+    stall: Stall,
+}
+
+/// A connection that waits or has waited, or a datagram that was lost again.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct Stall {
+    /// `waiting`, `connected`, `gave_up` or `lost_again`.
+    pub state: String,
+    /// `tcp` or `udp`.
+    pub proto: String,
+    /// Inner source address.
+    pub src: IpAddr,
+    /// Inner source port.
+    pub sport: u16,
+    /// Inner destination address.
+    pub dst: IpAddr,
+    /// Inner destination port.
+    pub dport: u16,
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// The node that drops.
+    pub peer: IpAddr,
+    /// The interface it leaves through.
+    pub interface: String,
+    /// The VXLAN device.
+    pub device: Option<String>,
+    /// One of the broken verdicts.
+    pub verdict: String,
+    /// Broken SYNs, or lost datagrams.
+    pub tries: u32,
+    /// RFC 3339.
+    pub since: String,
+    /// From the first of them on.
+    pub waited_seconds: f64,
+    /// Of one that waits.
+    pub next_within_seconds: Option<f64>,
+    /// SYNs that left whole.
+    #[serde(default)]
+    pub whole_tries: u32,
+    /// Ended by a packet that vxcsum put right.
+    #[serde(default)]
+    pub fixed: bool,
+    /// Ended by a reset.
+    #[serde(default)]
+    pub reset: bool,
+    /// Of a DNS query.
+    pub question: Option<Question>,
+}
+
+/// What a DNS query asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Question {
+    /// Name.
+    pub name: String,
+    /// Type.
+    #[serde(rename = "type")]
+    pub kind: String,
+}
+
+/// Connections that wait, and what became of the others.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct Stalls {
+    /// Now.
+    pub waiting: Vec<Stall>,
+    /// Got through.
+    pub connected: u64,
+    /// Gave up.
+    pub gave_up: u64,
+    /// Made room for others.
+    pub evicted: u64,
+    /// Datagrams lost again.
+    pub lost_again: u64,
 }
 
 #[derive(Deserialize)]

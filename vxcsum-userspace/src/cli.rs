@@ -72,7 +72,12 @@ pub struct TailArgs {
     #[arg(long, value_name = "ADDRESS", num_args = 1..)]
     peer: Vec<IpAddr>,
 
-    /// End after this many events
+    /// Only connections that wait for a broken packet or have waited, and queries that were lost
+    /// again; no events
+    #[arg(long)]
+    stalls: bool,
+
+    /// End after this many events; with --stalls, after this many lines
     #[arg(long, value_name = "N")]
     pub limit: Option<u64>,
 }
@@ -80,7 +85,12 @@ pub struct TailArgs {
 impl TailArgs {
     /// Which events to print.
     pub fn filter(&self) -> Filter {
-        Filter { verdict: self.verdict.clone(), vni: self.vni.clone(), peer: self.peer.clone() }
+        Filter {
+            verdict: self.verdict.clone(),
+            vni: self.vni.clone(),
+            peer: self.peer.clone(),
+            stalls: self.stalls,
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use vxcsum_common::layout::FixMode;
 use crate::event::Event;
 use crate::protocol::{Command, Filter, Notice};
 use crate::run::write_json;
+use crate::stalls;
 use crate::summary::Summary;
 
 /// Between the two looks that a rate is made of.
@@ -30,6 +31,7 @@ struct Daemon {
 #[serde(untagged)]
 enum Said {
     Notice(Notice),
+    Stall(Box<stalls::Line>),
     Event(Box<Event>),
     Summary(Box<Summary>),
 }
@@ -89,18 +91,25 @@ impl Daemon {
     }
 }
 
-/// Prints live events, at most `limit` of them.
+/// Prints live events and stalls, at most `limit` events; or only stalls, at most `limit` of them.
 pub fn tail(socket: &Path, filter: Filter, limit: Option<u64>, json: bool) -> Result<()> {
+    let only_stalls = filter.stalls;
     let mut daemon = Daemon::ask(socket, &Command::Tail(filter))?;
     let mut out = io::stdout().lock();
     let mut left = limit.unwrap_or(u64::MAX);
     while left > 0 && daemon.wait()? {
         let Some((line, said)) = daemon.next()? else { break };
+        let is_counted = only_stalls || !matches!(said, Said::Stall(_));
         let written = match said {
-            Said::Event(_) if json => writeln!(out, "{line}"),
+            Said::Event(_) | Said::Stall(_) if json => writeln!(out, "{line}"),
             Said::Event(event) => writeln!(out, "{event}"),
+            Said::Stall(line) => writeln!(out, "{line}"),
             Said::Notice(Notice::Missed(count)) => {
                 eprintln!("vxcsum: too slow, {count} events were missed");
+                continue;
+            }
+            Said::Notice(Notice::MissedStalls(count)) => {
+                eprintln!("vxcsum: too slow, {count} lines about stalls were missed");
                 continue;
             }
             _ => continue,
@@ -109,7 +118,7 @@ pub fn tail(socket: &Path, filter: Filter, limit: Option<u64>, json: bool) -> Re
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
             other => other.context("cannot write to standard output")?,
         }
-        left -= 1;
+        left -= u64::from(is_counted);
     }
     Ok(())
 }

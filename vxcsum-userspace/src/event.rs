@@ -14,6 +14,7 @@ use vxcsum_common::{Captured, Cut, Device, Packet as _, Policy, Proof, Verdict, 
 
 use crate::names;
 use crate::plan::Plan;
+use crate::stalls::Trace;
 
 /// An event, in the order of its JSON.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -53,6 +54,9 @@ pub struct Event {
     /// What proves NAT.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proof: Option<String>,
+    /// What is not for readers.
+    #[serde(skip)]
+    pub trace: Trace,
 }
 
 /// Outer addresses and ports.
@@ -71,14 +75,14 @@ pub struct OuterView {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct InnerView {
     #[serde(skip_serializing_if = "Option::is_none")]
-    src: Option<IpAddr>,
+    pub(crate) src: Option<IpAddr>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    dst: Option<IpAddr>,
-    proto: String,
+    pub(crate) dst: Option<IpAddr>,
+    pub(crate) proto: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    sport: Option<u16>,
+    pub(crate) sport: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    dport: Option<u16>,
+    pub(crate) dport: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tcp_flags: Option<String>,
 }
@@ -121,19 +125,19 @@ impl<'de> Deserialize<'de> for Hex {
 }
 
 /// An instant as RFC 3339 has it, in UTC, with nanoseconds.
-mod rfc3339 {
+pub(crate) mod rfc3339 {
     use serde::{Deserialize as _, Deserializer, Serializer};
 
     use super::SystemTime;
 
-    pub(super) fn serialize<Out: Serializer>(
+    pub(crate) fn serialize<Out: Serializer>(
         time: &SystemTime,
         out: Out,
     ) -> Result<Out::Ok, Out::Error> {
         out.collect_str(&humantime::format_rfc3339_nanos(*time))
     }
 
-    pub(super) fn deserialize<'de, In: Deserializer<'de>>(
+    pub(crate) fn deserialize<'de, In: Deserializer<'de>>(
         input: In,
     ) -> Result<SystemTime, In::Error> {
         let text = String::deserialize(input)?;
@@ -164,8 +168,11 @@ impl Source {
         let outer = Outer::read(&packet, at).ok()?;
         let (src, dst) = addresses(&packet, at.ip, at.is_ipv6).ok()?;
         let device = self.plan.device_name(outer.destination_port, outer.vni);
+        let inner = InnerView::read(&packet, &outer).unwrap_or_else(|Cut| InnerView::cut());
+        let ends = inner.src.zip(inner.dst).map(|(src, dst)| [src, dst]);
+        let trace = Trace::read(&raw, &packet, &outer, ends);
         Some(Event {
-            time: wall_clock(raw.boot_ns),
+            time: wall_clock(Duration::from_nanos(raw.boot_ns)),
             interface: self.interface.clone(),
             device: device.map(str::to_owned),
             vni: outer.vni,
@@ -181,7 +188,7 @@ impl Source {
                 sport_before_nat: (raw.source_port_before_nat != 0)
                     .then_some(raw.source_port_before_nat),
             },
-            inner: InnerView::read(&packet, &outer).unwrap_or_else(|Cut| InnerView::cut()),
+            inner,
             mark: Hex::U32(raw.mark),
             segments: raw.segments,
             len: raw.len,
@@ -193,6 +200,7 @@ impl Source {
                 _ => None,
             },
             proof: Proof::from_u8(raw.proof).as_str().map(str::to_owned),
+            trace,
         })
     }
 }
@@ -288,18 +296,27 @@ fn addresses(packet: &Captured<'_>, ip: usize, is_ipv6: bool) -> Result<(IpAddr,
 
 /// The time of day of an instant of `CLOCK_BOOTTIME`. Clocks are compared now, so that a step of
 /// the time of day since start does not matter.
-fn wall_clock(boot_ns: u64) -> SystemTime {
+pub(crate) fn wall_clock(boot: Duration) -> SystemTime {
     let now = SystemTime::now();
-    let boot_now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-    let age = boot_now.saturating_sub(Duration::from_nanos(boot_ns));
+    let age = boot_clock().saturating_sub(boot);
     now.checked_sub(age).unwrap_or(now)
+}
+
+/// `CLOCK_BOOTTIME`.
+pub(crate) fn boot_clock() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+/// `10:31:02.832436Z`, for people.
+pub(crate) fn time_of_day(time: SystemTime) -> String {
+    let text = humantime::format_rfc3339_micros(time).to_string();
+    text.split_once('T').map_or_else(|| text.clone(), |(_, time)| time.to_owned())
 }
 
 /// `10:31:02.832436 eth0 stale_nat 10.0.0.11:54947 > 10.0.0.13:8472 …`, for people.
 impl Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let time = humantime::format_rfc3339_micros(self.time).to_string();
-        let time = time.split_once('T').map_or(time.as_str(), |(_, time)| time);
+        let time = time_of_day(self.time);
         let device = self.device.as_deref().unwrap_or("(unknown device)");
         write!(
             f,

@@ -23,7 +23,8 @@ use tokio::time::sleep;
 use vxcsum_common::Verdict;
 use vxcsum_common::layout::Report;
 
-use crate::server::Request;
+use crate::server::{Counts, Request};
+use crate::stalls::Totals;
 use crate::supervisor::Counted;
 
 /// A scraper that says nothing is not waited for longer.
@@ -81,7 +82,7 @@ async fn answer(
     Ok(response)
 }
 
-async fn counted(requests: &mpsc::Sender<Request>) -> Option<Vec<Counted>> {
+async fn counted(requests: &mpsc::Sender<Request>) -> Option<Counts> {
     let (reply, counted) = oneshot::channel();
     requests.send(Request::Count(reply)).await.ok()?;
     counted.await.ok()?.ok()
@@ -110,9 +111,9 @@ impl Format {
         }
     }
 
-    fn encode(self, counted: Vec<Counted>) -> String {
+    fn encode(self, counts: Counts) -> String {
         let mut registry = Registry::default();
-        registry.register_collector(Box::new(Snapshot(counted)));
+        registry.register_collector(Box::new(Snapshot(counts)));
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
@@ -153,7 +154,7 @@ fn to_prometheus_text(open_metrics: &str) -> String {
 
 /// All metrics at one instant.
 #[derive(Debug)]
-struct Snapshot(Vec<Counted>);
+struct Snapshot(Counts);
 
 /// A sample: its labels and its value.
 type Sample<'a> = (Vec<(&'static str, &'a str)>, u64);
@@ -163,12 +164,23 @@ impl Snapshot {
         &'a self,
         of_interface: impl Fn(&'a Counted) -> Samples,
     ) -> Vec<Sample<'a>> {
-        self.0.iter().flat_map(of_interface).collect()
+        self.0.interfaces.iter().flat_map(of_interface).collect()
     }
 
     fn events(&self, report: Report) -> Vec<Sample<'_>> {
-        let count = self.0.iter().map(|it| it.counters.reported(report).skbs).sum();
+        let count = self.0.interfaces.iter().map(|it| it.counters.reported(report).skbs).sum();
         vec![(Vec::new(), count)]
+    }
+
+    fn stalls(&self) -> Vec<Sample<'_>> {
+        let Totals { connected, gave_up, evicted, lost_again } = self.0.stalls;
+        let by_outcome = [
+            ("connected", connected),
+            ("gave_up", gave_up),
+            ("evicted", evicted),
+            ("lost_again", lost_again),
+        ];
+        by_outcome.map(|(outcome, count)| (vec![("outcome", outcome)], count)).to_vec()
     }
 }
 
@@ -216,6 +228,11 @@ impl Collector for Snapshot {
                 self.events(Report::Suppressed),
             ),
             ("vxcsum_events_lost", "Events that found no room", self.events(Report::Lost)),
+            (
+                "vxcsum_stalls",
+                "Connections that have waited for a broken packet, and datagrams lost again",
+                self.stalls(),
+            ),
         ];
         for (name, help, samples) in counters {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
@@ -231,15 +248,21 @@ impl Collector for Snapshot {
         let attached = self.samples(|it| {
             it.method.map(|method| (vec![("interface", &*it.name), ("method", method.as_str())], 1))
         });
+        let waiting = vec![(Vec::new(), self.0.waiting)];
         let build = vec![(vec![("version", env!("CARGO_PKG_VERSION"))], 1)];
         for (name, help, samples) in [
             ("vxcsum_attached", "Interfaces that are watched", attached),
+            ("vxcsum_stalls_waiting", "Connections that wait for a broken packet now", waiting),
             ("vxcsum_build_info", "The version that is running", build),
         ] {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             for (labels, value) in samples {
                 let value = i64::try_from(value).unwrap_or(i64::MAX);
-                ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+                if labels.is_empty() {
+                    family.encode_gauge(&value)?;
+                } else {
+                    ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+                }
             }
         }
         Ok(())
@@ -253,16 +276,18 @@ mod tests {
     use super::*;
     use crate::attach::Method;
 
-    fn counted() -> Vec<Counted> {
+    fn counted() -> Counts {
         let mut counters = Counters { not_vxlan: 5, restored: 2, ..Counters::default() };
         let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
         (tally.skbs, tally.further_segments, tally.bytes) = (3, 1, 500);
-        vec![Counted {
+        let interfaces = vec![Counted {
             name: "eth0".to_owned(),
             method: Some(Method::Tcx),
             counters,
             sent_packets: None,
-        }]
+        }];
+        let stalls = Totals { connected: 7, gave_up: 1, ..Totals::default() };
+        Counts { interfaces, waiting: 2, stalls }
     }
 
     #[test]
@@ -277,6 +302,11 @@ mod tests {
             "vxcsum_events_emitted_total 3",
             "vxcsum_events_suppressed_total 0",
             "vxcsum_events_lost_total 0",
+            "vxcsum_stalls_waiting 2",
+            "# TYPE vxcsum_stalls_total counter",
+            r#"vxcsum_stalls_total{outcome="connected"} 7"#,
+            r#"vxcsum_stalls_total{outcome="gave_up"} 1"#,
+            r#"vxcsum_stalls_total{outcome="evicted"} 0"#,
             r#"vxcsum_attached{interface="eth0",method="tcx"} 1"#,
         ] {
             assert!(text.lines().any(|it| it == line), "{line} is not in\n{text}");

@@ -1,5 +1,6 @@
 //! The BPF program of one interface: loading, its maps, and what it has counted.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex};
@@ -79,6 +80,8 @@ unsafe impl<T: bytemuck::Pod> aya::Pod for Wire<T> {}
 /// Says which inner flows of one interface are followed; a [`Program`] has as many as are asked for.
 pub struct Followed {
     flows: HashMap<MapData, u64, u32>,
+    /// What was put in and not taken out here; the program takes out as well.
+    open: HashSet<u64>,
     config: Array<MapData, Wire<Config>>,
 }
 
@@ -87,6 +90,7 @@ impl Followed {
     /// ([`vxcsum_common::inner::flow`]). One that is followed already starts anew.
     pub fn insert(&mut self, flow: u64) -> Result<(), LoadError> {
         self.flows.insert(flow, 0, 0).map_err(Self::error)?;
+        self.open.insert(flow);
         self.set_following(true)
     }
 
@@ -95,8 +99,11 @@ impl Followed {
         self.flows.get(&flow, 0).ok().map(|told| told & !SYN_TOLD)
     }
 
-    /// Ends that, if the packet has not come.
+    /// Ends that, whether or not the packet has come. With the last one, the program stops looking.
     pub fn remove(&mut self, flow: u64) -> Result<(), LoadError> {
+        if self.open.remove(&flow) && self.open.is_empty() {
+            self.set_following(false)?;
+        }
         match self.flows.remove(&flow) {
             Err(MapError::SyscallError(error))
                 if error.io_error.kind() == io::ErrorKind::NotFound =>
@@ -107,8 +114,7 @@ impl Followed {
         }
     }
 
-    /// Whether any flow is followed; where none is, the program does not look for them.
-    pub fn set_following(&mut self, following: bool) -> Result<(), LoadError> {
+    fn set_following(&mut self, following: bool) -> Result<(), LoadError> {
         let error = |source| LoadError::Map { name: "CONFIG", source };
         let Wire(mut config) = self.config.get(&0, 0).map_err(error)?;
         if config.following != u8::from(following) {
@@ -145,6 +151,7 @@ impl Program {
             .map_err(LoadError::of_object)?;
         let followed = Followed {
             flows: take_map(&mut ebpf, "FOLLOWED", HashMap::try_from)?,
+            open: HashSet::new(),
             config: Array::try_from(second_handle(&ebpf, "CONFIG")?)
                 .map_err(|source| LoadError::Map { name: "CONFIG", source })?,
         };

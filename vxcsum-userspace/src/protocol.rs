@@ -3,10 +3,12 @@
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
+use vxcsum_common::Verdict;
 use vxcsum_common::layout::FixMode;
 
 use crate::event::Event;
 use crate::names;
+use crate::stalls::Stall;
 
 /// Longest line in bytes; longer ones end the connection.
 pub const MAX_LINE_LEN: usize = 64 * 1024;
@@ -37,17 +39,28 @@ pub struct Filter {
     pub vni: Vec<u32>,
     /// Outer destination addresses.
     pub peer: Vec<IpAddr>,
+    /// No events, only waits.
+    pub stalls: bool,
 }
 
 impl Filter {
-    /// Whether the client wants it.
+    /// Whether the client wants an event.
     pub fn matches(&self, event: &Event) -> bool {
+        !self.stalls && self.lists(event.verdict, event.vni, event.outer.dst)
+    }
+
+    /// Whether the client wants to know of a wait.
+    pub fn matches_stall(&self, stall: &Stall) -> bool {
+        self.lists(stall.verdict(), stall.vni(), stall.peer())
+    }
+
+    fn lists(&self, verdict: Verdict, vni: u32, peer: IpAddr) -> bool {
         fn is_listed<T: PartialEq<U>, U: ?Sized>(list: &[T], value: &U) -> bool {
             list.is_empty() || list.iter().any(|item| item == value)
         }
-        is_listed(&self.verdict, event.verdict.as_str())
-            && is_listed(&self.vni, &event.vni)
-            && is_listed(&self.peer, &event.outer.dst)
+        is_listed(&self.verdict, verdict.as_str())
+            && is_listed(&self.vni, &vni)
+            && is_listed(&self.peer, &peer)
     }
 }
 
@@ -59,6 +72,8 @@ pub enum Notice {
     Error(String),
     /// The client was too slow: that many events passed it by.
     Missed(u64),
+    /// The same of lines about waits.
+    MissedStalls(u64),
     /// The fix mode from now on.
     Fix(#[serde(with = "names::fix_mode")] FixMode),
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -12,18 +12,19 @@ use anyhow::{Context as _, Result};
 use sd_notify::NotifyState;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 use vxcsum_common::layout::SkbLayout;
 
 use crate::changes;
 use crate::cli::{LogFormat, UsageError};
-use crate::event::Event;
+use crate::event::{Event, boot_clock};
 use crate::links::sent_packets;
 use crate::metrics;
 use crate::privileges::{check_privileges, drop_privileges};
-use crate::server::{self, Request, Server};
+use crate::server::{self, Counts, News, Request, Server};
 use crate::skb_layout::{self, VMLINUX_BTF};
+use crate::stalls::{self, Stalls};
 use crate::summary::Summary;
 use crate::supervisor::{self, Record, Supervisor};
 
@@ -48,6 +49,8 @@ pub struct Options {
 const QUEUE_LEN: usize = 1024;
 /// Events that a client may fall behind before it misses some.
 const CLIENT_QUEUE_LEN: usize = 4096;
+/// How often to look for connections that have given up.
+const STALL_INTERVAL: Duration = Duration::from_secs(1);
 /// How often to look at the devices anew although the kernel has told of no change.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -69,11 +72,13 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
 
     let (records, recorded) = mpsc::channel(QUEUE_LEN);
     let (to_printer, printer_queue) = mpsc::channel(QUEUE_LEN);
-    let (to_clients, _) = broadcast::channel(CLIENT_QUEUE_LEN);
+    let to_clients = News::new(CLIENT_QUEUE_LEN);
     let json = options.json;
     let printer = thread::spawn(move || print(printer_queue, json));
     let printing = (!options.quiet).then(|| to_printer.clone());
-    let distributor = tokio::spawn(distribute(recorded, printing, to_clients.clone()));
+    let stalls = Arc::new(Mutex::new(Stalls::default()));
+    let distributing = distribute(recorded, printing, to_clients.clone(), stalls.clone());
+    let distributor = tokio::spawn(distributing);
 
     // Subscribed before the first look, so that nothing falls between.
     let mut changes = changes::subscribe().context("cannot follow network devices")?;
@@ -108,7 +113,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
             _ = alive.tick() => {
                 let _ = sd_notify::notify(&[NotifyState::Watchdog]);
             }
-            Some(request) = requested.recv() => answer(request, &mut supervisor).await,
+            Some(request) = requested.recv() => answer(request, &mut supervisor, &stalls).await,
         }
     }
 
@@ -118,9 +123,10 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
         serving.abort();
     }
     let fix = supervisor.fix();
-    let summary = Summary::new(fix, supervisor.stop().await?);
+    let counted = supervisor.stop().await?;
     // The supervisor is gone, and with it the last sender of records.
     distributor.await.context("cannot distribute events")?;
+    let summary = Summary::new(fix, counted).with_stalls(lock(&stalls).overview(boot_clock()));
     // Fails when nobody reads any more, which ends quietly.
     let _ = to_printer.send(Line::Summary(Box::new(summary))).await;
     drop(to_printer);
@@ -154,47 +160,84 @@ fn watchdog_interval() -> Duration {
     sd_notify::watchdog_enabled().map_or(NOBODY_LISTENS, |interval| interval / 2)
 }
 
-async fn answer(request: Request, supervisor: &mut Supervisor) {
+async fn answer(request: Request, supervisor: &mut Supervisor, stalls: &Mutex<Stalls>) {
     // An answer that nobody waits for any more is dropped.
     match request {
         Request::Status(reply) => {
             // Only tells whether the program is starved: counters are there without it.
             let sent = sent_packets().await.unwrap_or_default();
-            let summary = supervisor.counted(&sent).map(|it| Summary::new(supervisor.fix(), it));
+            let summary = supervisor.counted(&sent).map(|it| {
+                let stalls = lock(stalls).overview(boot_clock());
+                Summary::new(supervisor.fix(), it).with_stalls(stalls)
+            });
             let _ = reply.send(summary);
         }
-        Request::Count(reply) => _ = reply.send(supervisor.counted(&BTreeMap::new())),
+        Request::Count(reply) => {
+            let counts = supervisor.counted(&BTreeMap::new()).map(|interfaces| {
+                let stalls = lock(stalls);
+                Counts { interfaces, waiting: stalls.waiting(), stalls: stalls.totals() }
+            });
+            let _ = reply.send(counts);
+        }
         Request::Fix(mode, reply) => _ = reply.send(supervisor.set_fix(mode)),
     }
 }
 
-/// Hands events to the printer, which is waited for, and to clients, which are not.
+/// Hands news to the printer, which is waited for, and to clients, which are not.
 async fn distribute(
     mut recorded: mpsc::Receiver<Record>,
     mut printing: Option<mpsc::Sender<Line>>,
-    to_clients: broadcast::Sender<Arc<Event>>,
+    to_clients: News,
+    stalls: Arc<Mutex<Stalls>>,
 ) {
-    while let Some(record) = recorded.recv().await {
-        let event = match record {
-            Record::Event(event) => event,
-            Record::Undecodable(interface) => {
-                tracing::warn!("an event of {interface} cannot be decoded");
-                continue;
-            }
+    let mut look = interval(STALL_INTERVAL);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let (event, lines) = tokio::select! {
+            // A retry that has been told already is no silence.
+            biased;
+            record = recorded.recv() => match record {
+                Some(Record::Event(event, follower)) => {
+                    let lines = lock(&stalls).observe(&event, &follower);
+                    ((!event.trace.is_followed).then_some(event), lines)
+                }
+                Some(Record::Undecodable(interface)) => {
+                    tracing::warn!("an event of {interface} cannot be decoded");
+                    continue;
+                }
+                None => return,
+            },
+            _ = look.tick() => (None, lock(&stalls).expire(boot_clock())),
         };
-        // Fails while there is no client.
-        let _ = to_clients.send(event.clone());
-        if let Some(printer) = &printing
-            && printer.send(Line::Event(event)).await.is_err()
-        {
-            printing = None;
+        let mut printed = Vec::new();
+        // To send fails while there is no client.
+        if let Some(event) = event {
+            let _ = to_clients.events.send(event.clone());
+            printed.push(Line::Event(event));
+        }
+        for line in lines.into_iter().map(Arc::new) {
+            let _ = to_clients.stalls.send(line.clone());
+            printed.push(Line::Stall(line));
+        }
+        for line in printed {
+            if let Some(printer) = &printing
+                && printer.send(line).await.is_err()
+            {
+                printing = None;
+            }
         }
     }
+}
+
+/// A panic elsewhere has left the table as it was between two packets.
+fn lock(stalls: &Mutex<Stalls>) -> MutexGuard<'_, Stalls> {
+    stalls.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What goes to standard output.
 enum Line {
     Event(Arc<Event>),
+    Stall(Arc<stalls::Line>),
     Summary(Box<Summary>),
 }
 
@@ -219,6 +262,8 @@ fn write_line(out: &mut impl io::Write, line: &Line, json: bool) -> io::Result<(
     match line {
         Line::Event(event) if json => write_json(out, event.as_ref()),
         Line::Event(event) => writeln!(out, "{event}"),
+        Line::Stall(line) if json => write_json(out, line.as_ref()),
+        Line::Stall(line) => writeln!(out, "{line}"),
         Line::Summary(summary) if json => write_json(out, &SummaryLine { summary }),
         Line::Summary(summary) => writeln!(out, "{summary}"),
     }

@@ -18,6 +18,7 @@ use vxcsum_common::layout::FixMode;
 
 use crate::event::Event;
 use crate::protocol::{Command, Filter, MAX_LINE_LEN, Notice};
+use crate::stalls;
 use crate::summary::Summary;
 use crate::supervisor::Counted;
 
@@ -44,9 +45,36 @@ pub enum Request {
     /// Sum up.
     Status(oneshot::Sender<Result<Summary>>),
     /// Read the counters.
-    Count(oneshot::Sender<Result<Vec<Counted>>>),
+    Count(oneshot::Sender<Result<Counts>>),
     /// Switch the fix mode.
     Fix(FixMode, oneshot::Sender<Result<()>>),
+}
+
+/// What clients are told as it happens. Apart, so that no storm of events hides who waits.
+#[derive(Clone, Debug)]
+pub struct News {
+    /// Broken packets.
+    pub events: broadcast::Sender<Arc<Event>>,
+    /// Who waits, and who does no longer.
+    pub stalls: broadcast::Sender<Arc<stalls::Line>>,
+}
+
+impl News {
+    /// For clients that may fall `len` items behind before they miss some.
+    pub fn new(len: usize) -> Self {
+        Self { events: broadcast::channel(len).0, stalls: broadcast::channel(len).0 }
+    }
+}
+
+/// Everything that is counted.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// By the program of each interface.
+    pub interfaces: Vec<Counted>,
+    /// How many connections wait now.
+    pub waiting: u64,
+    /// What became of the others.
+    pub stalls: stalls::Totals,
 }
 
 /// A socket that is listened on; its file goes with it.
@@ -102,11 +130,7 @@ impl Server {
     }
 
     /// Serves clients, each in a task of its own, so that none waits for another.
-    pub async fn serve(
-        self,
-        requests: mpsc::Sender<Request>,
-        events: broadcast::Sender<Arc<Event>>,
-    ) {
+    pub async fn serve(self, requests: mpsc::Sender<Request>, news: News) {
         let places = Arc::new(Semaphore::new(MAX_CLIENTS));
         loop {
             let stream = match self.listener.accept().await {
@@ -125,9 +149,9 @@ impl Server {
             };
             match places.clone().try_acquire_owned() {
                 Ok(place) => {
-                    let events = events.clone();
+                    let news = news.clone();
                     tokio::spawn(async move {
-                        client.serve(events).await;
+                        client.serve(news).await;
                         drop(place);
                     });
                 }
@@ -165,9 +189,10 @@ struct Client {
 struct Gone;
 
 impl Client {
-    async fn serve(mut self, events: broadcast::Sender<Arc<Event>>) {
+    async fn serve(mut self, news: News) {
         // Subscribed first: what happens from now on is what the client sees.
-        let events = events.subscribe();
+        let (events, stalls) = (news.events.subscribe(), news.stalls.subscribe());
+        drop(news);
         let command = match timeout(PATIENCE, self.lines.next()).await {
             Ok(Some(Ok(line))) => serde_json::from_str(&line)
                 .map_err(|error| format!("not a command that vxcsum knows: {error}")),
@@ -177,7 +202,7 @@ impl Client {
         };
         // A client that is gone needs no answer.
         let _ = match command {
-            Ok(Command::Tail(filter)) => self.tail(&filter, events).await,
+            Ok(Command::Tail(filter)) => self.tail(&filter, events, stalls).await,
             Ok(Command::Status {}) => self.status().await,
             Ok(Command::Fix { mode }) => self.fix(mode).await,
             Err(error) => self.say(&Notice::Error(error)).await,
@@ -201,21 +226,35 @@ impl Client {
         &mut self,
         filter: &Filter,
         mut events: broadcast::Receiver<Arc<Event>>,
+        mut stalls: broadcast::Receiver<Arc<stalls::Line>>,
     ) -> Result<(), Gone> {
-        loop {
+        // What is left in one is still told when the other has ended.
+        let (mut has_events, mut has_stalls) = (!filter.stalls, true);
+        while has_events || has_stalls {
             tokio::select! {
-                event = events.recv() => match event {
+                event = events.recv(), if has_events => match event {
                     Ok(event) if filter.matches(&event) => self.say(event.as_ref()).await?,
                     Ok(_) => {}
                     Err(broadcast::error::RecvError::Lagged(count)) => {
                         self.say(&Notice::Missed(count)).await?;
                     }
-                    Err(broadcast::error::RecvError::Closed) => return Ok(()),
+                    Err(broadcast::error::RecvError::Closed) => has_events = false,
+                },
+                line = stalls.recv(), if has_stalls => match line {
+                    Ok(line) if filter.matches_stall(&line.stall) => {
+                        self.say(line.as_ref()).await?;
+                    }
+                    Ok(_) => {}
+                    Err(broadcast::error::RecvError::Lagged(count)) => {
+                        self.say(&Notice::MissedStalls(count)).await?;
+                    }
+                    Err(broadcast::error::RecvError::Closed) => has_stalls = false,
                 },
                 // It has nothing more to say: whatever comes is its end.
                 _ = self.lines.next() => return Err(Gone),
             }
         }
+        Ok(())
     }
 
     async fn status(&mut self) -> Result<(), Gone> {

@@ -10,6 +10,7 @@ use vxcsum_common::layout::{FixMode, Report};
 
 use crate::attach::Method;
 use crate::names;
+use crate::stalls::Overview;
 use crate::supervisor::Counted;
 
 /// All interfaces.
@@ -20,6 +21,7 @@ pub struct Summary {
     pub fix: FixMode,
     events: Events,
     interfaces: Vec<Interface>,
+    stalls: Overview,
 }
 
 /// Events of all interfaces, one for each broken skb.
@@ -57,7 +59,12 @@ struct OnWire {
 impl Summary {
     /// Of all interfaces, by what their programs have counted.
     pub fn new(fix: FixMode, interfaces: Vec<Counted>) -> Self {
-        let mut summary = Self { fix, events: Events::default(), interfaces: Vec::new() };
+        let mut summary = Self {
+            fix,
+            events: Events::default(),
+            interfaces: Vec::new(),
+            stalls: Overview::default(),
+        };
         for Counted { name, method: attach, counters, sent_packets } in interfaces {
             summary.events.emitted += counters.reported(Report::Emitted).skbs;
             summary.events.suppressed += counters.reported(Report::Suppressed).skbs;
@@ -78,6 +85,12 @@ impl Summary {
             });
         }
         summary
+    }
+
+    /// The same with those that wait.
+    #[must_use]
+    pub fn with_stalls(self, stalls: Overview) -> Self {
+        Self { stalls, ..self }
     }
 
     /// A table with rates, from two summaries that lie `apart`.
@@ -130,7 +143,7 @@ impl Table<'_> {
 
 impl Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Summary { fix, events, interfaces } = self.summary;
+        let Summary { fix, events, interfaces, stalls } = self.summary;
         if interfaces.is_empty() {
             writeln!(f, "no interface is watched")?;
         }
@@ -173,6 +186,7 @@ impl Display for Table<'_> {
                 writeln!(f, "  {:<16} {:>12} packets", "fixed", interface.fixed)?;
             }
         }
+        stalls.fmt(f)?;
         let Events { emitted, suppressed, lost } = events;
         write!(
             f,

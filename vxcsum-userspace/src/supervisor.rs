@@ -16,6 +16,7 @@ use crate::event::{Event, Source};
 use crate::links::{Link, Links};
 use crate::plan::{Plan, Wish};
 use crate::program::{LoadOptions, Program};
+use crate::stalls::Follower;
 
 /// What to watch, and how.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,10 +34,10 @@ pub struct Options {
 }
 
 /// What comes out of a ring buffer.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub enum Record {
-    /// A broken packet.
-    Event(Arc<Event>),
+    /// A broken packet, or one of a flow that is followed, and who follows flows there.
+    Event(Arc<Event>, Follower),
     /// Not an event of this version, from this interface.
     Undecodable(String),
 }
@@ -196,7 +197,8 @@ impl Supervisor {
         let source = Arc::new(Source { interface: link.name.clone(), plan });
         let (source, sources) = watch::channel(source);
         let (stop, stopped) = watch::channel(false);
-        let reader = tokio::spawn(forward(events, sources, self.records.clone(), stopped));
+        let records = self.records.clone();
+        let reader = tokio::spawn(forward(events, sources, program.followed(), records, stopped));
         let name = link.name.clone();
         let watched = Watched { name, program, attachment, claim, source, stop, reader };
         self.watched.insert(link.index, watched);
@@ -346,6 +348,7 @@ const fn sortable(key: vxcsum_common::layout::DeviceKey) -> (u32, u32) {
 async fn forward(
     mut events: AsyncFd<RingBuf<MapData>>,
     sources: watch::Receiver<Arc<Source>>,
+    follower: Follower,
     records: mpsc::Sender<Record>,
     mut stop: watch::Receiver<bool>,
 ) {
@@ -354,7 +357,7 @@ async fn forward(
         while let Some(bytes) = events.get_mut().next().map(|bytes| bytes.to_vec()) {
             let source = sources.borrow().clone();
             let record = match source.decode(&bytes) {
-                Some(event) => Record::Event(Arc::new(event)),
+                Some(event) => Record::Event(Arc::new(event), follower.clone()),
                 None => Record::Undecodable(source.interface.clone()),
             };
             if records.send(record).await.is_err() {
