@@ -1,7 +1,7 @@
 //! `--metrics`: counters over HTTP, for Prometheus.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -24,7 +24,8 @@ use vxcsum_common::Verdict;
 use vxcsum_common::layout::Report;
 
 use crate::server::Request;
-use crate::supervisor::Counted;
+use crate::summary::OTHER_PEERS;
+use crate::supervisor::{Counted, Counts};
 
 /// A scraper that says nothing is not waited for longer.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -81,7 +82,7 @@ async fn answer(
     Ok(response)
 }
 
-async fn counted(requests: &mpsc::Sender<Request>) -> Option<Vec<Counted>> {
+async fn counted(requests: &mpsc::Sender<Request>) -> Option<Counts> {
     let (reply, counted) = oneshot::channel();
     requests.send(Request::Count(reply)).await.ok()?;
     counted.await.ok()?.ok()
@@ -110,9 +111,9 @@ impl Format {
         }
     }
 
-    fn encode(self, counted: Vec<Counted>) -> String {
+    fn encode(self, counts: Counts) -> String {
         let mut registry = Registry::default();
-        registry.register_collector(Box::new(Snapshot(counted)));
+        registry.register_collector(Box::new(Snapshot { peers: peer_names(&counts), counts }));
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
@@ -153,7 +154,18 @@ fn to_prometheus_text(open_metrics: &str) -> String {
 
 /// All metrics at one instant.
 #[derive(Debug)]
-struct Snapshot(Vec<Counted>);
+struct Snapshot {
+    counts: Counts,
+    /// Of the peers in `counts`.
+    peers: Vec<String>,
+}
+
+fn peer_names(counts: &Counts) -> Vec<String> {
+    let name = |address: Option<IpAddr>| {
+        address.map_or_else(|| OTHER_PEERS.to_owned(), |address| address.to_string())
+    };
+    counts.receive.peers.iter().map(|&(address, _)| name(address)).collect()
+}
 
 /// A sample: its labels and its value.
 type Sample<'a> = (Vec<(&'static str, &'a str)>, u64);
@@ -163,12 +175,22 @@ impl Snapshot {
         &'a self,
         of_interface: impl Fn(&'a Counted) -> Samples,
     ) -> Vec<Sample<'a>> {
-        self.0.iter().flat_map(of_interface).collect()
+        self.counts.interfaces.iter().flat_map(of_interface).collect()
     }
 
     fn events(&self, report: Report) -> Vec<Sample<'_>> {
-        let count = self.0.iter().map(|it| it.counters.reported(report).skbs).sum();
-        vec![(Vec::new(), count)]
+        let counters = self.counts.interfaces.iter().map(|it| &it.counters);
+        vec![(Vec::new(), counters.map(|it| it.reported(report).skbs).sum())]
+    }
+
+    fn receive_events(&self, report: Report) -> Vec<Sample<'_>> {
+        vec![(Vec::new(), self.counts.receive.reported(report))]
+    }
+
+    fn dropped(&self) -> Vec<Sample<'_>> {
+        let drops = self.counts.receive.peers.iter().map(|(_, drops)| drops.packets());
+        let names = self.peers.iter();
+        names.zip(drops).map(|(name, packets)| (vec![("peer", &**name)], packets)).collect()
     }
 }
 
@@ -216,6 +238,31 @@ impl Collector for Snapshot {
                 self.events(Report::Suppressed),
             ),
             ("vxcsum_events_lost", "Events that found no room", self.events(Report::Lost)),
+            (
+                "vxcsum_receive_dropped_packets",
+                "VXLAN packets that this node dropped for their UDP checksum, by the sending node",
+                self.dropped(),
+            ),
+            (
+                "vxcsum_receive_not_vxlan_packets",
+                "Other packets that this node dropped for their UDP checksum",
+                vec![(Vec::new(), self.counts.receive.not_vxlan)],
+            ),
+            (
+                "vxcsum_receive_events_emitted",
+                "Events of dropped packets sent to user space",
+                self.receive_events(Report::Emitted),
+            ),
+            (
+                "vxcsum_receive_events_suppressed",
+                "Events of dropped packets held back by the rate limit",
+                self.receive_events(Report::Suppressed),
+            ),
+            (
+                "vxcsum_receive_events_lost",
+                "Events of dropped packets that found no room",
+                self.receive_events(Report::Lost),
+            ),
         ];
         for (name, help, samples) in counters {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
@@ -232,14 +279,20 @@ impl Collector for Snapshot {
             it.method.map(|method| (vec![("interface", &*it.name), ("method", method.as_str())], 1))
         });
         let build = vec![(vec![("version", env!("CARGO_PKG_VERSION"))], 1)];
+        let receive = vec![(Vec::new(), u64::from(self.counts.receive.why_not.is_none()))];
         for (name, help, samples) in [
             ("vxcsum_attached", "Interfaces that are watched", attached),
+            ("vxcsum_receive_attached", "Whether drops on this node are watched", receive),
             ("vxcsum_build_info", "The version that is running", build),
         ] {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             for (labels, value) in samples {
                 let value = i64::try_from(value).unwrap_or(i64::MAX);
-                ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+                if labels.is_empty() {
+                    family.encode_gauge(&value)?;
+                } else {
+                    ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+                }
             }
         }
         Ok(())
@@ -249,20 +302,31 @@ impl Collector for Snapshot {
 #[cfg(test)]
 mod tests {
     use vxcsum_common::layout::Counters;
+    use vxcsum_common::receive::Drops;
 
     use super::*;
     use crate::attach::Method;
+    use crate::receive;
 
-    fn counted() -> Vec<Counted> {
+    fn counted() -> Counts {
         let mut counters = Counters { not_vxlan: 5, restored: 2, ..Counters::default() };
         let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
         (tally.skbs, tally.further_segments, tally.bytes) = (3, 1, 500);
-        vec![Counted {
+        let eth0 = Counted {
             name: "eth0".to_owned(),
             method: Some(Method::Tcx),
             counters,
             sent_packets: None,
-        }]
+        };
+        let receive = receive::Counted {
+            why_not: None,
+            not_vxlan: 7,
+            peers: vec![
+                (Some([10, 0, 0, 11].into()), Drops([0, 1, 2, 0])),
+                (None, Drops([0, 0, 0, 4])),
+            ],
+        };
+        Counts { interfaces: vec![eth0], receive }
     }
 
     #[test]
@@ -278,6 +342,13 @@ mod tests {
             "vxcsum_events_suppressed_total 0",
             "vxcsum_events_lost_total 0",
             r#"vxcsum_attached{interface="eth0",method="tcx"} 1"#,
+            r#"vxcsum_receive_dropped_packets_total{peer="10.0.0.11"} 3"#,
+            r#"vxcsum_receive_dropped_packets_total{peer="other"} 4"#,
+            "vxcsum_receive_not_vxlan_packets_total 7",
+            "vxcsum_receive_events_emitted_total 1",
+            "vxcsum_receive_events_suppressed_total 2",
+            "vxcsum_receive_events_lost_total 4",
+            "vxcsum_receive_attached 1",
         ] {
             assert!(text.lines().any(|it| it == line), "{line} is not in\n{text}");
         }

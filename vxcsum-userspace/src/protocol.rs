@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use vxcsum_common::layout::FixMode;
 
-use crate::event::Event;
+use crate::event::{Direction, Event};
 use crate::names;
 
 /// Longest line in bytes; longer ones end the connection.
@@ -35,8 +35,10 @@ pub struct Filter {
     pub verdict: Vec<String>,
     /// VXLAN network identifiers.
     pub vni: Vec<u32>,
-    /// Outer destination addresses.
+    /// Outer addresses of the other node.
     pub peer: Vec<IpAddr>,
+    /// Who saw it.
+    pub direction: Vec<Direction>,
 }
 
 impl Filter {
@@ -46,8 +48,9 @@ impl Filter {
             list.is_empty() || list.iter().any(|item| item == value)
         }
         is_listed(&self.verdict, event.verdict.as_str())
-            && is_listed(&self.vni, &event.vni)
-            && is_listed(&self.peer, &event.outer.dst)
+            && (self.vni.is_empty() || event.vni.is_some_and(|vni| self.vni.contains(&vni)))
+            && is_listed(&self.peer, &event.peer())
+            && is_listed(&self.direction, &event.direction)
     }
 }
 

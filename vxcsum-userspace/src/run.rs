@@ -142,7 +142,7 @@ fn warn_of_restart(current: &Options, new: &Options) {
     };
     if kept != *new {
         tracing::warn!(
-            "attach, ring-kib, socket, socket-group, metrics, json, quiet and log-format change \
+            "attach, receive, ring-kib, socket, socket-group, metrics, json, quiet and log-format change \
              with the next start only"
         );
     }

@@ -19,7 +19,7 @@ use vxcsum_common::layout::FixMode;
 use crate::event::Event;
 use crate::protocol::{Command, Filter, MAX_LINE_LEN, Notice};
 use crate::summary::Summary;
-use crate::supervisor::Counted;
+use crate::supervisor::Counts;
 
 /// Where the daemon listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/vxcsum/vxcsum.sock";
@@ -44,7 +44,7 @@ pub enum Request {
     /// Sum up.
     Status(oneshot::Sender<Result<Summary>>),
     /// Read the counters.
-    Count(oneshot::Sender<Result<Vec<Counted>>>),
+    Count(oneshot::Sender<Result<Counts>>),
     /// Switch the fix mode.
     Fix(FixMode, oneshot::Sender<Result<()>>),
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,8 @@ use vxcsum_common::layout::{FixMode, Report};
 
 use crate::attach::Method;
 use crate::names;
-use crate::supervisor::Counted;
+use crate::receive;
+use crate::supervisor::{Counted, Counts};
 
 /// All interfaces.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -20,6 +22,7 @@ pub struct Summary {
     pub fix: FixMode,
     events: Events,
     interfaces: Vec<Interface>,
+    receive: ReceiveSide,
 }
 
 /// Events of all interfaces, one for each broken skb.
@@ -47,6 +50,83 @@ pub struct Interface {
     nic_packets: Option<u64>,
 }
 
+/// Packets that this node drops for their UDP checksum.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+struct ReceiveSide {
+    attached: bool,
+    /// Why it is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
+    /// VXLAN to a watched port; the sum over all events, and over all peers.
+    dropped: u64,
+    /// The others.
+    not_vxlan: u64,
+    events: Events,
+    peers: Vec<PeerDrops>,
+}
+
+/// Packets that one peer sent.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+struct PeerDrops {
+    /// Its outer address, or [`OTHER_PEERS`].
+    peer: String,
+    packets: u64,
+}
+
+/// The name of all peers beyond those that are told apart.
+pub const OTHER_PEERS: &str = "other";
+
+impl ReceiveSide {
+    fn new(counted: receive::Counted) -> Self {
+        let drops = counted.drops();
+        let peer = |address: Option<IpAddr>| {
+            address.map_or_else(|| OTHER_PEERS.to_owned(), |address| address.to_string())
+        };
+        let peers = counted.peers.iter();
+        Self {
+            attached: counted.why_not.is_none(),
+            why: counted.why_not,
+            dropped: drops.packets(),
+            not_vxlan: counted.not_vxlan,
+            events: Events {
+                emitted: drops.reported(Report::Emitted),
+                suppressed: drops.reported(Report::Suppressed),
+                lost: drops.reported(Report::Lost),
+            },
+            peers: peers
+                .map(|&(address, drops)| PeerDrops { peer: peer(address), packets: drops.packets() })
+                .collect(),
+        }
+    }
+}
+
+impl Display for ReceiveSide {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// More only hide what is above.
+        const SHOWN_PEERS: usize = 10;
+        if let Some(why) = &self.why {
+            return writeln!(f, "receive side: off, {why}");
+        }
+        write!(
+            f,
+            "receive side: {} VXLAN packets dropped for their UDP checksum",
+            self.dropped
+        )?;
+        if self.not_vxlan != 0 {
+            write!(f, ", and {} others", self.not_vxlan)?;
+        }
+        let Events { emitted, suppressed, lost } = self.events;
+        writeln!(f, "; events: {emitted} emitted, {suppressed} suppressed, {lost} lost")?;
+        for PeerDrops { peer, packets } in self.peers.iter().take(SHOWN_PEERS) {
+            writeln!(f, "  from {peer:<28} {packets:>12} packets")?;
+        }
+        match self.peers.len().saturating_sub(SHOWN_PEERS) {
+            0 => Ok(()),
+            more => writeln!(f, "  and from {more} more (see --json)"),
+        }
+    }
+}
+
 /// Packets and bytes on the wire.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 struct OnWire {
@@ -56,9 +136,14 @@ struct OnWire {
 
 impl Summary {
     /// Of all interfaces, by what their programs have counted.
-    pub fn new(fix: FixMode, interfaces: Vec<Counted>) -> Self {
-        let mut summary = Self { fix, events: Events::default(), interfaces: Vec::new() };
-        for Counted { name, method: attach, counters, sent_packets } in interfaces {
+    pub fn new(fix: FixMode, counts: Counts) -> Self {
+        let mut summary = Self {
+            fix,
+            events: Events::default(),
+            interfaces: Vec::new(),
+            receive: ReceiveSide::new(counts.receive),
+        };
+        for Counted { name, method: attach, counters, sent_packets } in counts.interfaces {
             summary.events.emitted += counters.reported(Report::Emitted).skbs;
             summary.events.suppressed += counters.reported(Report::Suppressed).skbs;
             summary.events.lost += counters.reported(Report::Lost).skbs;
@@ -130,7 +215,7 @@ impl Table<'_> {
 
 impl Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Summary { fix, events, interfaces } = self.summary;
+        let Summary { fix, events, interfaces, receive } = self.summary;
         if interfaces.is_empty() {
             writeln!(f, "no interface is watched")?;
         }
@@ -173,6 +258,7 @@ impl Display for Table<'_> {
                 writeln!(f, "  {:<16} {:>12} packets", "fixed", interface.fixed)?;
             }
         }
+        receive.fmt(f)?;
         let Events { emitted, suppressed, lost } = events;
         write!(
             f,
@@ -185,19 +271,30 @@ impl Display for Table<'_> {
 #[cfg(test)]
 mod tests {
     use vxcsum_common::layout::Counters;
+    use vxcsum_common::receive::Drops;
 
     use super::*;
 
-    fn counted(packets: u64) -> Vec<Counted> {
+    fn counted(packets: u64) -> Counts {
         let mut counters = Counters { not_vxlan: 2, zeroed: 1, ..Counters::default() };
         let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
         (tally.skbs, tally.bytes) = (packets, packets * 100);
-        vec![Counted {
+        let eth0 = Counted {
             name: "eth0".to_owned(),
             method: Some(Method::Tcx),
             counters,
             sent_packets: None,
-        }]
+        };
+        let peer = |address, drops| (address, Drops(drops));
+        let receive = receive::Counted {
+            why_not: None,
+            not_vxlan: 4,
+            peers: vec![
+                peer(Some([10, 0, 0, 11].into()), [0, 3, 2, 0]),
+                peer(None, [0, 0, 0, 1]),
+            ],
+        };
+        Counts { interfaces: vec![eth0], receive }
     }
 
     #[test]
@@ -213,6 +310,14 @@ mod tests {
         assert_eq!(interface["verdicts"]["stale_nat"]["bytes"], 300);
         assert_eq!(interface["verdicts"].as_object().unwrap().len(), Verdict::ALL.len());
         assert_eq!(interface["fixed"], 1);
+        assert_eq!(
+            json["receive"],
+            serde_json::json!({
+                "attached": true, "dropped": 6, "not_vxlan": 4,
+                "events": {"emitted": 3, "suppressed": 2, "lost": 1},
+                "peers": [{"peer": "10.0.0.11", "packets": 5}, {"peer": "other", "packets": 1}],
+            })
+        );
         let back: Summary = serde_json::from_value(json.clone()).unwrap();
         assert_eq!(serde_json::to_value(&back).unwrap(), json);
     }
@@ -229,10 +334,21 @@ mod tests {
     }
 
     #[test]
+    fn the_receive_side_says_who_or_why_not() {
+        let mut counts = counted(0);
+        let table = Summary::new(FixMode::Off, counts.clone()).to_string();
+        assert!(table.contains("receive side: 6 VXLAN packets dropped"), "{table}");
+        assert!(table.contains("from 10.0.0.11 "), "{table}");
+        counts.receive.why_not = Some("no BTF".to_owned());
+        let table = Summary::new(FixMode::Off, counts).to_string();
+        assert!(table.contains("receive side: off, no BTF\n"), "{table}");
+    }
+
+    #[test]
     fn an_interface_that_sends_past_vxcsum_is_pointed_out() {
         let at = |sent| {
             let mut counted = counted(3);
-            counted[0].sent_packets = Some(sent);
+            counted.interfaces[0].sent_packets = Some(sent);
             Summary::new(FixMode::Off, counted)
         };
         let table = |sent| at(sent).table(&at(100), Duration::from_secs(1)).to_string();
