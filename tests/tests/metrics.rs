@@ -18,7 +18,7 @@ const PLENTY: Duration = Duration::from_secs(5);
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0";
 
 /// product.md §4, and the labels there.
-const COUNTERS: [(&str, &[&str]); 7] = [
+const COUNTERS: [(&str, &[&str]); 12] = [
     ("vxcsum_skbs", &["interface"]),
     ("vxcsum_packets", &["interface", "verdict"]),
     ("vxcsum_bytes", &["interface", "verdict"]),
@@ -26,9 +26,17 @@ const COUNTERS: [(&str, &[&str]); 7] = [
     ("vxcsum_events_emitted", &[]),
     ("vxcsum_events_suppressed", &[]),
     ("vxcsum_events_lost", &[]),
+    ("vxcsum_receive_dropped_packets", &["peer"]),
+    ("vxcsum_receive_not_vxlan_packets", &[]),
+    ("vxcsum_receive_events_emitted", &[]),
+    ("vxcsum_receive_events_suppressed", &[]),
+    ("vxcsum_receive_events_lost", &[]),
 ];
-const GAUGES: [(&str, &[&str]); 2] =
-    [("vxcsum_attached", &["interface", "method"]), ("vxcsum_build_info", &["version"])];
+const GAUGES: [(&str, &[&str]); 3] = [
+    ("vxcsum_attached", &["interface", "method"]),
+    ("vxcsum_receive_attached", &[]),
+    ("vxcsum_build_info", &["version"]),
+];
 
 fn lab() -> Result<Lab> {
     LabConfig { srcport: Some(SOURCE_PORTS), ..LabConfig::default() }.start()

@@ -11,6 +11,9 @@
     reason = "what is not inlined is walked by the verifier once for every caller"
 )]
 
+#[expect(dead_code, reason = "the other program needs all of it")]
+mod opaque;
+
 use core::arch::asm;
 use core::ptr::{addr_of, addr_of_mut, read_volatile};
 
@@ -23,12 +26,14 @@ use aya_ebpf::macros::{map, raw_tracepoint};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::programs::RawTracePointContext;
 use vxcsum_common::layout::{BURST_NS, Config, MAX_FLOWS, Report};
-use vxcsum_common::outer::{self, Beyond, Outer};
+use vxcsum_common::outer::{self, Beyond, Extensions, Location, Outer};
 use vxcsum_common::packet::Header;
 use vxcsum_common::receive::{
     Counters, Dropped, Drops, Kernel, MAX_DROPPED_LEN, MAX_PEERS, Peer, pay,
 };
 use vxcsum_common::{Cut, Device, Offload, Packet, Policy, Sum, Watch, inner};
+
+use crate::opaque::opaque;
 
 /// Filled in by the loader.
 #[unsafe(no_mangle)]
@@ -131,10 +136,7 @@ fn examine(skb: Skb) -> Option<()> {
     let linear_len = copy(bytes, place, HEADERS_LEN);
     let packet = Captured { bytes, linear_len, len: place.len };
     let (flow, peer) = match outer::locate(&packet, &Watched(config)) {
-        Ok(Some((at, ()))) => {
-            let flow = Outer::read(&packet, at).and_then(|outer| inner::flow(&packet, &outer));
-            (flow.unwrap_or_default(), packet.peer())
-        }
+        Ok(Some((at, ()))) => (flow(at.to_bits(), linear_len), packet.peer()),
         // To a watched port, but its VXLAN header is out of reach.
         Err(Beyond::Vxlan) => (0, packet.peer()),
         Ok(None) | Err(Beyond::Outer) => {
@@ -151,6 +153,30 @@ fn examine(skb: Skb) -> Option<()> {
     };
     count(peer, report, counters);
     Some(())
+}
+
+// What follows are global functions: the verifier walks each once, for any arguments, instead of
+// once more for every state in which another part of the program calls it.
+
+/// Result of [`extension_headers`]: a header is out of reach.
+const CUT: u64 = u64::MAX;
+
+/// [`inner::flow`] of the packet in the record, 0 where it is out of reach.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn flow(at: u64, linear_len: u64) -> u64 {
+    let Some(packet) = Captured::get(linear_len) else { return 0 };
+    let flow = Outer::read(&packet, Location::from_bits(at))
+        .and_then(|outer| inner::flow(&packet, &outer));
+    flow.unwrap_or_default()
+}
+
+/// [`Extensions::read`] of the packet in the record.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn extension_headers(protocol: u32, offset: u64, linear_len: u64) -> u64 {
+    let Some(packet) = Captured::get(linear_len) else { return CUT };
+    Extensions::read(&packet, protocol as u8, offset as usize).map_or(CUT, Extensions::to_bits)
 }
 
 #[inline(always)]
@@ -346,6 +372,15 @@ struct Captured {
 }
 
 impl Captured {
+    /// The packet in the record, of which only headers are asked for.
+    #[inline(always)]
+    fn get(linear_len: u64) -> Option<Self> {
+        let record = RECORD.get_ptr(0)?;
+        // SAFETY: a map value lives as long as the program.
+        let bytes = unsafe { addr_of!((*record).bytes) };
+        Some(Self { bytes, linear_len, len: linear_len })
+    }
+
     /// The outer source address of a packet that has an IP header.
     #[inline(always)]
     fn peer(&self) -> Peer {
@@ -377,6 +412,19 @@ impl Packet for Captured {
         }
         // SAFETY: within the record, whose bytes are initialized, as any map value's.
         Ok(Header::new(unsafe { &*self.bytes.cast::<u8>().add(offset).cast::<[u8; N]>() }))
+    }
+
+    #[inline(always)]
+    fn forget(&self, offset: usize) -> usize {
+        opaque(offset) & OFFSET_MASK
+    }
+
+    #[inline(always)]
+    fn extension_headers(&self, protocol: u8, offset: usize) -> Result<Extensions, Cut> {
+        match extension_headers(u32::from(protocol), offset as u64, self.linear_len) {
+            CUT => Err(Cut),
+            bits => Ok(Extensions::from_bits(bits)),
+        }
     }
 
     /// Nothing is summed here.

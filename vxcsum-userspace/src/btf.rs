@@ -53,10 +53,18 @@ impl<'a> Btf<'a> {
     /// Offset in bits of a field of the first struct of that name, also within anonymous structs
     /// and unions.
     pub(crate) fn bit_offset(&self, name: &str, field: &str) -> Option<u32> {
-        let at = self.offsets.iter().map(|&at| at as usize).find(|&at| {
-            self.header(at).is_some_and(|it| it.kind == STRUCT && self.is(it.name, name))
-        })?;
-        self.member_offset(at, field, 0)
+        self.struct_named(name)?.bit_offset(field)
+    }
+
+    /// The first struct of that name, to ask for several of its fields.
+    pub(crate) fn struct_named(&self, name: &str) -> Option<Struct<'_>> {
+        Some(Struct { btf: self, at: self.find(STRUCT, name)? })
+    }
+
+    fn find(&self, kind: u8, name: &str) -> Option<usize> {
+        self.offsets.iter().map(|&at| at as usize).find(|&at| {
+            self.header(at).is_some_and(|it| it.kind == kind && self.is(it.name, name))
+        })
     }
 
     fn member_offset(&self, at: usize, field: &str, depth: usize) -> Option<u32> {
@@ -86,9 +94,7 @@ impl<'a> Btf<'a> {
     /// Value of an enumerator of the first enum of that name.
     pub(crate) fn enum_value(&self, name: &str, enumerator: &str) -> Option<u32> {
         const VALUE_LEN: usize = 8;
-        let at = self.offsets.iter().map(|&at| at as usize).find(|&at| {
-            self.header(at).is_some_and(|it| it.kind == ENUM && self.is(it.name, name))
-        })?;
+        let at = self.find(ENUM, name)?;
         (0..self.header(at)?.count).find_map(|index| {
             let value = at + HEADER_LEN + index * VALUE_LEN;
             let is_it = self.is(u32_at(self.types, value)?, enumerator);
@@ -111,6 +117,20 @@ impl<'a> Btf<'a> {
         self.strings.get(offset as usize..).is_some_and(|string| {
             string.strip_prefix(text.as_bytes()).is_some_and(|rest| rest.first() == Some(&0))
         })
+    }
+}
+
+/// A struct of a kernel.
+#[derive(Clone, Copy)]
+pub(crate) struct Struct<'a> {
+    btf: &'a Btf<'a>,
+    at: usize,
+}
+
+impl Struct<'_> {
+    /// As [`Btf::bit_offset`].
+    pub(crate) fn bit_offset(&self, field: &str) -> Option<u32> {
+        self.btf.member_offset(self.at, field, 0)
     }
 }
 

@@ -242,10 +242,9 @@ fn refused(error: &ProgramError) -> String {
     let log = verifier_log.to_string();
     let said = log.lines().rfind(|line| !line.is_empty() && !line.starts_with("processed "));
     let said = said.map(|line| format!(" ({line})")).unwrap_or_default();
-    format!(
-        "the kernel refuses the program, for want of CAP_PERFMON or of bpf_probe_read_kernel (not \
-         there while it is locked down): {io_error}{said}"
-    )
+    // Without bpf_probe_read_kernel, which is not there while the kernel is locked down, the log ends
+    // with its name.
+    format!("the kernel refuses the program: {io_error}{said}")
 }
 
 fn one_line(error: &LoadError) -> String {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use vxcsum_common::receive::Kernel;
 
-use crate::btf::Btf;
+use crate::btf::{Btf, Struct};
 
 /// The network namespace of this process.
 const NETNS: &str = "/proc/self/ns/net";
@@ -27,29 +27,46 @@ fn of_btf(file: &[u8]) -> Result<Kernel, String> {
     let reason = btf
         .enum_value("skb_drop_reason", "SKB_DROP_REASON_UDP_CSUM")
         .ok_or("the kernel does not say why it drops a packet (Linux 5.17 or newer does)")?;
-    let offset = |of: &str, field: &str| {
-        let bits = btf.bit_offset(of, field).filter(|bits| bits.is_multiple_of(8));
-        bits.and_then(|bits| u16::try_from(bits / 8).ok())
-            .ok_or_else(|| format!("the kernel's struct {of} has no usable {field}"))
-    };
+    let fields = |of| Fields::of(&btf, of);
+    let (skb, device) = (fields("sk_buff")?, fields("net_device")?);
     Ok(Kernel {
         reason,
         netns: 0,
-        skb_len: offset("sk_buff", "len")?,
-        skb_data_len: offset("sk_buff", "data_len")?,
-        skb_head: offset("sk_buff", "head")?,
-        skb_data: offset("sk_buff", "data")?,
-        skb_mac_header: offset("sk_buff", "mac_header")?,
-        skb_network_header: offset("sk_buff", "network_header")?,
-        skb_mark: offset("sk_buff", "mark")?,
-        skb_dev: offset("sk_buff", "dev")?,
-        dev_name: offset("net_device", "name")?,
-        dev_net: offset("net_device", "nd_net")?,
-        net_inum: offset("net", "ns")? + offset("ns_common", "inum")?,
-        task_nsproxy: offset("task_struct", "nsproxy")?,
-        nsproxy_net: offset("nsproxy", "net_ns")?,
+        skb_len: skb.offset("len")?,
+        skb_data_len: skb.offset("data_len")?,
+        skb_head: skb.offset("head")?,
+        skb_data: skb.offset("data")?,
+        skb_mac_header: skb.offset("mac_header")?,
+        skb_network_header: skb.offset("network_header")?,
+        skb_mark: skb.offset("mark")?,
+        skb_dev: skb.offset("dev")?,
+        dev_name: device.offset("name")?,
+        dev_net: device.offset("nd_net")?,
+        net_inum: fields("net")?.offset("ns")? + fields("ns_common")?.offset("inum")?,
+        task_nsproxy: fields("task_struct")?.offset("nsproxy")?,
+        nsproxy_net: fields("nsproxy")?.offset("net_ns")?,
         reserved: 0,
     })
+}
+
+/// The fields of a struct of the kernel.
+struct Fields<'a> {
+    of: &'static str,
+    btf: Struct<'a>,
+}
+
+impl<'a> Fields<'a> {
+    fn of(btf: &'a Btf<'a>, of: &'static str) -> Result<Self, String> {
+        let btf = btf.struct_named(of).ok_or_else(|| format!("the kernel has no struct {of}"))?;
+        Ok(Self { of, btf })
+    }
+
+    /// In bytes.
+    fn offset(&self, field: &str) -> Result<u16, String> {
+        let bits = self.btf.bit_offset(field).filter(|bits| bits.is_multiple_of(8));
+        bits.and_then(|bits| u16::try_from(bits / 8).ok())
+            .ok_or_else(|| format!("the kernel's struct {} has no usable {field}", self.of))
+    }
 }
 
 #[cfg(test)]
