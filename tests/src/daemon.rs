@@ -107,6 +107,8 @@ pub struct Receive {
     pub events: Events,
     /// VXLAN packets by sending node.
     pub peers: Vec<Peer>,
+    /// What vxcsum has read of the kernel's own counters.
+    pub in_csum_errors: Option<u64>,
 }
 
 /// Packets of one sending node.

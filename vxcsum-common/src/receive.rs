@@ -96,7 +96,10 @@ impl Counters {
     /// Both together.
     #[must_use]
     pub fn plus(&self, other: &Self) -> Self {
-        Self { not_vxlan: self.not_vxlan + other.not_vxlan, others: self.others.plus(&other.others) }
+        Self {
+            not_vxlan: self.not_vxlan + other.not_vxlan,
+            others: self.others.plus(&other.others),
+        }
     }
 }
 

@@ -19,8 +19,7 @@ use core::ptr::{addr_of, addr_of_mut, read_volatile};
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::{
-    bpf_get_current_task, bpf_ktime_get_boot_ns, bpf_ktime_get_ns, bpf_probe_read_kernel,
-    generated,
+    bpf_get_current_task, bpf_ktime_get_boot_ns, bpf_ktime_get_ns, bpf_probe_read_kernel, generated,
 };
 use aya_ebpf::macros::{map, raw_tracepoint};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
@@ -212,8 +211,7 @@ fn emit(skb: Skb, device: Option<u64>, place: Place, record: *mut Record) -> Rep
     out.snapshot_len = len as u32;
     out.mark = skb.read(kernel!(skb_mark)).unwrap_or_default();
     out.link_len = place.link_len;
-    out.interface =
-        device.and_then(|device| read(device, kernel!(dev_name))).unwrap_or_default();
+    out.interface = device.and_then(|device| read(device, kernel!(dev_name))).unwrap_or_default();
     let record_len = size_of::<Dropped>() as u64 + len;
     // SAFETY: `copy` has filled at most the whole of the record, and the map is a ring buffer.
     let outcome = unsafe {
@@ -332,14 +330,13 @@ impl Skb {
 /// The network namespace of a device, or else that of the program that reads from its socket.
 #[inline(always)]
 fn netns(device: Option<u64>) -> Option<u32> {
-    let net: u64 = match device {
-        Some(device) => read(device, kernel!(dev_net))?,
-        None => {
-            // SAFETY: the helper only says who runs.
-            let task = unsafe { bpf_get_current_task() };
-            let nsproxy: u64 = read(task, kernel!(task_nsproxy))?;
-            read(nsproxy, kernel!(nsproxy_net))?
-        }
+    let net: u64 = if let Some(device) = device {
+        read(device, kernel!(dev_net))?
+    } else {
+        // SAFETY: the helper only says who runs.
+        let task = unsafe { bpf_get_current_task() };
+        let nsproxy: u64 = read(task, kernel!(task_nsproxy))?;
+        read(nsproxy, kernel!(nsproxy_net))?
     };
     read(net, kernel!(net_inum))
 }

@@ -62,9 +62,10 @@ impl<'a> Btf<'a> {
     }
 
     fn find(&self, kind: u8, name: &str) -> Option<usize> {
-        self.offsets.iter().map(|&at| at as usize).find(|&at| {
-            self.header(at).is_some_and(|it| it.kind == kind && self.is(it.name, name))
-        })
+        self.offsets
+            .iter()
+            .map(|&at| at as usize)
+            .find(|&at| self.header(at).is_some_and(|it| it.kind == kind && self.is(it.name, name)))
     }
 
     fn member_offset(&self, at: usize, field: &str, depth: usize) -> Option<u32> {

@@ -1,7 +1,7 @@
 //! `--metrics`: counters over HTTP, for Prometheus.
 
 use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -23,8 +23,8 @@ use tokio::time::sleep;
 use vxcsum_common::Verdict;
 use vxcsum_common::layout::Report;
 
+use crate::receive;
 use crate::server::Request;
-use crate::summary::OTHER_PEERS;
 use crate::supervisor::{Counted, Counts};
 
 /// A scraper that says nothing is not waited for longer.
@@ -113,7 +113,7 @@ impl Format {
 
     fn encode(self, counts: Counts) -> String {
         let mut registry = Registry::default();
-        registry.register_collector(Box::new(Snapshot { peers: peer_names(&counts), counts }));
+        registry.register_collector(Box::new(Snapshot::new(counts)));
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
@@ -160,17 +160,15 @@ struct Snapshot {
     peers: Vec<String>,
 }
 
-fn peer_names(counts: &Counts) -> Vec<String> {
-    let name = |address: Option<IpAddr>| {
-        address.map_or_else(|| OTHER_PEERS.to_owned(), |address| address.to_string())
-    };
-    counts.receive.peers.iter().map(|&(address, _)| name(address)).collect()
-}
-
 /// A sample: its labels and its value.
 type Sample<'a> = (Vec<(&'static str, &'a str)>, u64);
 
 impl Snapshot {
+    fn new(counts: Counts) -> Self {
+        let peers = counts.receive.peers.iter().map(|&(peer, _)| receive::peer_name(peer));
+        Self { peers: peers.collect(), counts }
+    }
+
     fn samples<'a, Samples: IntoIterator<Item = Sample<'a>>>(
         &'a self,
         of_interface: impl Fn(&'a Counted) -> Samples,
@@ -306,7 +304,6 @@ mod tests {
 
     use super::*;
     use crate::attach::Method;
-    use crate::receive;
 
     fn counted() -> Counts {
         let mut counters = Counters { not_vxlan: 5, restored: 2, ..Counters::default() };
@@ -325,6 +322,7 @@ mod tests {
                 (Some([10, 0, 0, 11].into()), Drops([0, 1, 2, 0])),
                 (None, Drops([0, 0, 0, 4])),
             ],
+            in_csum_errors: None,
         };
         Counts { interfaces: vec![eth0], receive }
     }

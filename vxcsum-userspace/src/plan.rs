@@ -151,6 +151,11 @@ impl Plan {
         plan
     }
 
+    /// Adds what a program has learned of senders whose policy is not known.
+    pub fn learn(&mut self, ports: &Ports) {
+        self.config.ports.learn(ports);
+    }
+
     /// For the program.
     pub fn config(&self) -> &Config {
         &self.config

@@ -2,6 +2,7 @@
 
 mod decode;
 mod kernel;
+mod total;
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
@@ -44,6 +45,14 @@ pub enum Mode {
     Auto,
 }
 
+/// The name of all peers beyond those that are told apart.
+const OTHER_PEERS: &str = "other";
+
+/// A peer of [`Counted`] in JSON, metrics and messages.
+pub fn peer_name(peer: Option<IpAddr>) -> String {
+    peer.map_or_else(|| OTHER_PEERS.to_owned(), |address| address.to_string())
+}
+
 /// What was counted from the start of the daemon.
 #[derive(Clone, Debug, Default)]
 pub struct Counted {
@@ -54,6 +63,8 @@ pub struct Counted {
     /// Dropped VXLAN packets by their outer source address, most first; without an address, those
     /// of all further peers.
     pub peers: Vec<(Option<IpAddr>, Drops)>,
+    /// Packets that the kernel itself has counted meanwhile (`InCsumErrors`), where they can be read.
+    pub in_csum_errors: Option<u64>,
 }
 
 impl Counted {
@@ -111,7 +122,7 @@ impl Receive {
     /// What was counted so far.
     pub fn counted(&self) -> Result<Counted> {
         match self {
-            Self::Watched(watched) => watched.maps.counted(),
+            Self::Watched(watched) => watched.maps.counted(watched.before),
             Self::Not(why) => Ok(Counted { why_not: Some(why.clone()), ..Counted::default() }),
         }
     }
@@ -130,6 +141,8 @@ pub struct Watched {
     /// With the link; dropping it detaches.
     ebpf: Ebpf,
     maps: Maps,
+    /// [`total::in_csum_errors`] at the start.
+    before: Option<u64>,
     plan: watch::Sender<Arc<Plan>>,
     stop: watch::Sender<bool>,
     reader: JoinHandle<()>,
@@ -157,6 +170,7 @@ impl Watched {
             let error = chain(&error);
             format!("cannot attach to the tracepoint {TRACEPOINT} with its drop reason: {error}")
         })?;
+        let before = total::in_csum_errors();
         let (plan, plans) = watch::channel(Arc::new(plan));
         let decode = move |record: &[u8]| match decode::decode(&plans.borrow(), record) {
             Some(event) => Record::Event(Arc::new(event)),
@@ -164,7 +178,7 @@ impl Watched {
         };
         let (stop, stopped) = watch::channel(false);
         let reader = tokio::spawn(forward(events, decode, records, stopped));
-        Ok(Self { ebpf, maps, plan, stop, reader })
+        Ok(Self { ebpf, maps, before, plan, stop, reader })
     }
 
     fn update(&mut self, plan: Plan) -> Result<()> {
@@ -177,11 +191,11 @@ impl Watched {
     }
 
     async fn stop(self) -> Result<Counted> {
-        let Self { ebpf, maps, plan: _plan, stop, reader } = self;
+        let Self { ebpf, maps, before, plan: _plan, stop, reader } = self;
         drop(ebpf);
         stop.send_replace(true);
         reader.await.context("cannot read the events of the receive side")?;
-        maps.counted()
+        maps.counted(before)
     }
 }
 
@@ -192,11 +206,14 @@ impl Maps {
             .map_err(|source| LoadError::Map { name: "CONFIG", source })
     }
 
-    fn counted(&self) -> Result<Counted> {
+    fn counted(&self, before: Option<u64>) -> Result<Counted> {
+        // First, so that what is dropped meanwhile does not look as if it had been missed.
+        let now = total::in_csum_errors();
+        let in_csum_errors = now.zip(before).map(|(now, before)| now.saturating_sub(before));
         let per_cpu = self.counters.get(&0, 0).context("cannot read the BPF map COUNTERS")?;
         let counters = per_cpu.iter().fold(Counters::default(), |sum, Wire(cpu)| sum.plus(cpu));
         let mut peers = Vec::new();
-        for entry in self.peers.iter() {
+        for entry in &self.peers {
             let (Wire(Peer(address)), Wire(drops)) =
                 entry.context("cannot read the BPF map PEERS")?;
             // An entry is there before its first packet is counted.
@@ -208,7 +225,7 @@ impl Maps {
         if counters.others.packets() != 0 {
             peers.push((None, counters.others));
         }
-        Ok(Counted { why_not: None, not_vxlan: counters.not_vxlan, peers })
+        Ok(Counted { why_not: None, not_vxlan: counters.not_vxlan, peers, in_csum_errors })
     }
 }
 

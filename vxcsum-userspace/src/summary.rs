@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display};
-use std::net::IpAddr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -63,26 +62,26 @@ struct ReceiveSide {
     not_vxlan: u64,
     events: Events,
     peers: Vec<PeerDrops>,
+    /// What the kernel itself has counted meanwhile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    in_csum_errors: Option<u64>,
 }
 
 /// Packets that one peer sent.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 struct PeerDrops {
-    /// Its outer address, or [`OTHER_PEERS`].
+    /// As by [`receive::peer_name`].
     peer: String,
     packets: u64,
 }
 
-/// The name of all peers beyond those that are told apart.
-pub const OTHER_PEERS: &str = "other";
-
 impl ReceiveSide {
     fn new(counted: receive::Counted) -> Self {
         let drops = counted.drops();
-        let peer = |address: Option<IpAddr>| {
-            address.map_or_else(|| OTHER_PEERS.to_owned(), |address| address.to_string())
-        };
-        let peers = counted.peers.iter();
+        let peers = counted.peers.iter().map(|&(peer, drops)| PeerDrops {
+            peer: receive::peer_name(peer),
+            packets: drops.packets(),
+        });
         Self {
             attached: counted.why_not.is_none(),
             why: counted.why_not,
@@ -93,9 +92,8 @@ impl ReceiveSide {
                 suppressed: drops.reported(Report::Suppressed),
                 lost: drops.reported(Report::Lost),
             },
-            peers: peers
-                .map(|&(address, drops)| PeerDrops { peer: peer(address), packets: drops.packets() })
-                .collect(),
+            peers: peers.collect(),
+            in_csum_errors: counted.in_csum_errors,
         }
     }
 }
@@ -107,16 +105,20 @@ impl Display for ReceiveSide {
         if let Some(why) = &self.why {
             return writeln!(f, "receive side: off, {why}");
         }
-        write!(
-            f,
-            "receive side: {} VXLAN packets dropped for their UDP checksum",
-            self.dropped
-        )?;
+        write!(f, "receive side: {} VXLAN packets dropped for their UDP checksum", self.dropped)?;
         if self.not_vxlan != 0 {
             write!(f, ", and {} others", self.not_vxlan)?;
         }
         let Events { emitted, suppressed, lost } = self.events;
         writeln!(f, "; events: {emitted} emitted, {suppressed} suppressed, {lost} lost")?;
+        let seen = self.dropped + self.not_vxlan;
+        if let Some(counted) = self.in_csum_errors.filter(|&counted| counted > seen) {
+            writeln!(
+                f,
+                "  the kernel has counted {counted} (InCsumErrors): it does not tell of all why it \
+                 drops them"
+            )?;
+        }
         for PeerDrops { peer, packets } in self.peers.iter().take(SHOWN_PEERS) {
             writeln!(f, "  from {peer:<28} {packets:>12} packets")?;
         }
@@ -289,10 +291,8 @@ mod tests {
         let receive = receive::Counted {
             why_not: None,
             not_vxlan: 4,
-            peers: vec![
-                peer(Some([10, 0, 0, 11].into()), [0, 3, 2, 0]),
-                peer(None, [0, 0, 0, 1]),
-            ],
+            peers: vec![peer(Some([10, 0, 0, 11].into()), [0, 3, 2, 0]), peer(None, [0, 0, 0, 1])],
+            in_csum_errors: Some(10),
         };
         Counts { interfaces: vec![eth0], receive }
     }
@@ -316,6 +316,7 @@ mod tests {
                 "attached": true, "dropped": 6, "not_vxlan": 4,
                 "events": {"emitted": 3, "suppressed": 2, "lost": 1},
                 "peers": [{"peer": "10.0.0.11", "packets": 5}, {"peer": "other", "packets": 1}],
+                "in_csum_errors": 10,
             })
         );
         let back: Summary = serde_json::from_value(json.clone()).unwrap();
@@ -338,7 +339,10 @@ mod tests {
         let mut counts = counted(0);
         let table = Summary::new(FixMode::Off, counts.clone()).to_string();
         assert!(table.contains("receive side: 6 VXLAN packets dropped"), "{table}");
-        assert!(table.contains("from 10.0.0.11 "), "{table}");
+        assert!(table.contains("from 10.0.0.11 ") && !table.contains("InCsum"), "{table}");
+        counts.receive.in_csum_errors = Some(11);
+        let table = Summary::new(FixMode::Off, counts.clone()).to_string();
+        assert!(table.contains("the kernel has counted 11 "), "{table}");
         counts.receive.why_not = Some("no BTF".to_owned());
         let table = Summary::new(FixMode::Off, counts).to_string();
         assert!(table.contains("receive side: off, no BTF\n"), "{table}");

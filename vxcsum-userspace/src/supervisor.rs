@@ -194,7 +194,11 @@ impl Supervisor {
     }
 
     fn receive_plan(&self, links: &Links) -> Result<Plan> {
-        Ok(Plan::of_node(&self.options.wish, links, local_port_range())?)
+        let mut plan = Plan::of_node(&self.options.wish, links, local_port_range())?;
+        for watched in self.watched.values() {
+            plan.learn(&watched.program.config()?.ports);
+        }
+        Ok(plan)
     }
 
     /// Loads, configures and attaches the program of one interface.

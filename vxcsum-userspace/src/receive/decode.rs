@@ -6,9 +6,7 @@ use vxcsum_common::receive::Dropped;
 use vxcsum_common::verdict::{self, AnswerKind, Finding};
 use vxcsum_common::{Captured, Cut, Offload, Packet as _, Policy, Proof, Sum, Verdict, Watch as _};
 
-use crate::event::{
-    AnyPort, Direction, Event, Hex, InnerView, OuterView, addresses, wall_clock,
-};
+use crate::event::{AnyPort, Direction, Event, Hex, InnerView, OuterView, addresses, wall_clock};
 use crate::plan::Plan;
 
 /// Decodes a record of the ring buffer; `None` for what no program of this version sends.
@@ -97,9 +95,9 @@ fn judge(packet: &Captured<'_>, plan: &Plan, outer: &Outer) -> Result<Judged, Cu
     };
     let Finding { verdict, proof, expected, source_port_before_nat, .. } =
         verdict::explain(packet, plan, outer, policy, answer);
-    let right_sum = packet.sum(outer.at.udp, outer.udp_len).map(|sum| {
-        (outer.pseudo_header + sum).minus(Sum::of_u16(outer.check)).checksum()
-    });
+    let right_sum = packet
+        .sum(outer.at.udp, outer.udp_len)
+        .map(|sum| (outer.pseudo_header + sum).minus(Sum::of_u16(outer.check)).checksum());
     let (verdict, expected) = match (verdict, right_sum) {
         // The sender's NIC has left the outer sum unfinished, or the inner one that the outer sum
         // counts on.

@@ -14,8 +14,9 @@ const NETNS: &str = "/proc/self/ns/net";
 /// Reads what is known from a BTF file, and which network namespace this is. An error says what the
 /// kernel lacks.
 pub(super) fn read(path: &Path) -> Result<Kernel, String> {
-    let file = fs::read(path)
-        .map_err(|error| format!("cannot read the kernel's types from {}: {error}", path.display()))?;
+    let file = fs::read(path).map_err(|error| {
+        format!("cannot read the kernel's types from {}: {error}", path.display())
+    })?;
     let netns = fs::metadata(NETNS)
         .map_err(|error| format!("cannot tell the network namespace by {NETNS}: {error}"))?;
     // Namespaces are numbered by 32 bits (`struct ns_common`).
