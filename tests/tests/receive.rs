@@ -15,7 +15,7 @@ use vxcsum_tests::daemon::{Daemon, Event, Peer, Receive, binary};
 use vxcsum_tests::folder::Folder;
 use vxcsum_tests::lab::{Family, Lab, LabConfig, NIC, Nat, OuterSum, VXLAN};
 use vxcsum_tests::netns::NetNs;
-use vxcsum_tests::packets::{Check, Frame, Ip, SegmentSum, Transport, Udp, Vxlan};
+use vxcsum_tests::packets::{Check, Extension, Frame, Ip, SegmentSum, Transport, Udp, Vxlan};
 use vxcsum_tests::storm::{PORT_BEFORE_NAT, Packet, SOURCE_PORTS, Storm};
 use vxcsum_tests::traffic::{self, TcpServer, UdpServer, send_frames};
 use vxcsum_tests::wait::wait_until;
@@ -240,8 +240,15 @@ fn other_things_that_senders_do() -> Result<()> {
     let receiver = Receiver::start(&lab.b, &[])?;
     assert!(traffic::udp_request(&lab.a, udp.address(), &traffic::dns_query(), LOST).is_err());
     receiver.wait_dropped(1)?;
+    // Behind an extension header, and on a device that sends none.
+    let mut ip = vxlan(lab.outer_a(), lab.outer_b(), Check::Value(0x1234), 32);
+    ip.extensions = vec![Extension::DestinationOptions(8)];
+    send(&lab, [Frame::new(&ip.into())?.finished])?;
+    receiver.wait_dropped(2)?;
     let (events, _) = receiver.stop()?;
     assert_eq!((events[0].verdict.as_str(), events[0].check), ("zero", 0));
+    assert_eq!((events[1].verdict.as_str(), events[1].check), ("mangled_zero", 0x1234));
+    assert_eq!(events[1].inner.dport, Some(53));
     Ok(())
 }
 

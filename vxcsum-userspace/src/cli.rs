@@ -143,6 +143,7 @@ Examples:
   vxcsum run --interface eth0                    watch this one only
   vxcsum run --interface eth0 --json | jq .      one JSON object a line, the summary last
   vxcsum run --interface eth0 --fix restore      put broken checksums right in place
+  vxcsum run --receive                           insist on seeing what this node drops
 
 Nothing is ever written unless --fix asks for it. An interface is the underlay NIC, the one that tunnel packets leave through (eth0, bond0), not
 the VXLAN device. Needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.
@@ -184,7 +185,7 @@ pub struct RunArgs {
     #[arg(long)]
     json: bool,
 
-    /// The most events a second from each interface, 0 for no limit; counters stay exact, and a
+    /// The most events a second from each interface and of dropped packets, 0 for no limit; counters stay exact, and a
     /// connection that is new is preferred over repeats [default: 1000]
     #[arg(long, value_name = "N")]
     events_per_second: Option<u32>,
@@ -193,12 +194,12 @@ pub struct RunArgs {
     #[arg(long, value_enum)]
     attach: Option<AttachArg>,
 
-    /// Also report packets that this node drops for their outer UDP checksum; auto where the kernel
-    /// can [default: auto]
+    /// Also report packets that this node drops for their outer UDP checksum, and who sent them; auto
+    /// where the kernel can [default: auto]
     #[arg(long, value_enum, num_args = 0..=1, default_missing_value = "on")]
     receive: Option<receive::Mode>,
 
-    /// Size of the event buffer of each interface in KiB, a power of two [default: 1024]
+    /// Size of each event buffer in KiB, a power of two [default: 1024]
     #[arg(long, value_name = "KIB", value_parser = ring_kib)]
     ring_kib: Option<u32>,
 
