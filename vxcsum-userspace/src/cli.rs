@@ -196,7 +196,7 @@ pub struct RunArgs {
 
     /// Also report packets that this node drops for their outer UDP checksum, and who sent them; auto
     /// where the kernel can [default: auto]
-    #[arg(long, value_enum, num_args = 0..=1, default_missing_value = "on")]
+    #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, default_missing_value = "on")]
     receive: Option<receive::Mode>,
 
     /// Size of each event buffer in KiB, a power of two [default: 1024]

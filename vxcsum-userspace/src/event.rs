@@ -61,13 +61,13 @@ pub struct Event {
     pub proof: Option<String>,
 }
 
-/// Who saw the packet.
+/// Who saw the packet: the node that sent it, on its way out, or the node that dropped it for its
+/// outer checksum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the words of the option")]
 pub enum Direction {
-    /// The node that sent it, on its way out.
     Egress,
-    /// The node that dropped it for its outer checksum.
     Receive,
 }
 

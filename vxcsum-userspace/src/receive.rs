@@ -32,15 +32,13 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vx
 const PROGRAM_NAME: &str = "vxcsum_receive";
 const TRACEPOINT: &str = "kfree_skb";
 
-/// Whether to watch.
+/// Whether to watch: yes, or it is an error; no; where the kernel can.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the words of the option")]
 pub enum Mode {
-    /// Yes, or it is an error.
     On,
-    /// No.
     Off,
-    /// Where the kernel can.
     #[default]
     Auto,
 }
