@@ -90,6 +90,36 @@ pub struct Summary {
     pub interfaces: Vec<Interface>,
     /// Connections that wait.
     pub stalls: Stalls,
+    /// What was dropped on its way in.
+    pub receive: Receive,
+}
+
+/// Packets dropped for their UDP checksum.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Receive {
+    /// Whether they are watched.
+    pub attached: bool,
+    /// Why not.
+    pub why: Option<String>,
+    /// VXLAN packets.
+    pub dropped: u64,
+    /// Others.
+    pub not_vxlan: u64,
+    /// What became of their events.
+    pub events: Events,
+    /// VXLAN packets by sending node.
+    pub peers: Vec<Peer>,
+    /// What vxcsum has read of the kernel's own counters.
+    pub in_csum_errors: Option<u64>,
+}
+
+/// Packets of one sending node.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Peer {
+    /// Its outer address, or `other`.
+    pub peer: String,
+    /// How many.
+    pub packets: u64,
 }
 
 /// What became of the events.
@@ -162,6 +192,8 @@ impl Summary {
 pub struct Event {
     /// RFC 3339.
     pub time: String,
+    /// `egress` or `receive`.
+    pub direction: String,
     /// The interface it left through.
     pub interface: String,
     /// The VXLAN device that sent it.
@@ -178,6 +210,10 @@ pub struct Event {
     /// What the right sum is, where that is known.
     #[serde(deserialize_with = "optional_hex")]
     pub expected: Option<u16>,
+    /// `headers` where that comes from headers alone.
+    pub expected_from: Option<String>,
+    /// What proves NAT.
+    pub proof: Option<String>,
     /// The datagram that carries the packet.
     pub outer: OuterView,
     /// The packet inside.

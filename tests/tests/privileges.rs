@@ -55,7 +55,9 @@ fn sees_a_broken_packet(lab: &Lab, socket: &Socket, daemon: &Daemon) -> Result<(
     send_frames(&lab.a, NIC, &[Packet::stale().frame()?])?;
     let events = daemon.wait_events(before + 1, PLENTY)?;
     assert_eq!(events[before].verdict, "stale_nat");
-    assert_eq!(socket.status()?.interface()?.name, NIC);
+    let status = socket.status()?;
+    assert_eq!(status.interface()?.name, NIC);
+    assert!(status.receive.attached, "{:?}", status.receive);
     Ok(())
 }
 

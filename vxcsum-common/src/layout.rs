@@ -116,6 +116,16 @@ impl Ports {
         }
     }
 
+    /// Adds what `other` has learned about the same ports.
+    pub fn learn(&mut self, other: &Self) {
+        for slot in &mut self.slots {
+            if let Some(known) = other.get(slot.port) {
+                slot.seen_ipv4 |= known.seen_ipv4;
+                slot.seen_ipv6 |= known.seen_ipv6;
+            }
+        }
+    }
+
     /// The slot of a port number.
     #[inline(always)]
     pub const fn slot(&self, port: u16) -> usize {
@@ -485,6 +495,9 @@ mod tests {
         after.carry_lessons(&before);
         assert_eq!(after.get(8472).unwrap().policy(false), Policy::Zero);
         assert_eq!(after.get(1).unwrap().policy(false), Policy::Unknown);
+        before.slots[slot].seen_ipv4 = SEEN_SUM;
+        after.learn(&before);
+        assert_eq!(after.get(8472).unwrap().seen_ipv4, SEEN_ZERO | SEEN_SUM);
     }
 
     #[test]

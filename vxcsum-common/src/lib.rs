@@ -18,6 +18,7 @@ pub mod inner;
 pub mod layout;
 pub mod outer;
 pub mod packet;
+pub mod receive;
 pub mod verdict;
 
 pub use checksum::Sum;

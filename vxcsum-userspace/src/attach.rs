@@ -144,7 +144,8 @@ fn raw_os_error(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
     own.or_else(|| raw_os_error(error.source()?))
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error with its causes, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -1,4 +1,4 @@
-//! Just enough of BTF to find a field of a struct
+//! Just enough of BTF to find a field of a struct and a value of an enum
 //! (Documentation/bpf/btf.rst; include/uapi/linux/btf.h).
 //!
 //! A library would read all 130,000 types of a kernel to find five fields: btfparse took 110 ms and
@@ -28,6 +28,7 @@ const MEMBER_LEN: usize = 12;
 
 const STRUCT: u8 = 4;
 const UNION: u8 = 5;
+const ENUM: u8 = 6;
 
 impl<'a> Btf<'a> {
     /// Takes the contents of a BTF file; `None` where it is none of this machine's byte order.
@@ -52,10 +53,19 @@ impl<'a> Btf<'a> {
     /// Offset in bits of a field of the first struct of that name, also within anonymous structs
     /// and unions.
     pub(crate) fn bit_offset(&self, name: &str, field: &str) -> Option<u32> {
-        let at = self.offsets.iter().map(|&at| at as usize).find(|&at| {
-            self.header(at).is_some_and(|it| it.kind == STRUCT && self.is(it.name, name))
-        })?;
-        self.member_offset(at, field, 0)
+        self.struct_named(name)?.bit_offset(field)
+    }
+
+    /// The first struct of that name, to ask for several of its fields.
+    pub(crate) fn struct_named(&self, name: &str) -> Option<Struct<'_>> {
+        Some(Struct { btf: self, at: self.find(STRUCT, name)? })
+    }
+
+    fn find(&self, kind: u8, name: &str) -> Option<usize> {
+        self.offsets
+            .iter()
+            .map(|&at| at as usize)
+            .find(|&at| self.header(at).is_some_and(|it| it.kind == kind && self.is(it.name, name)))
     }
 
     fn member_offset(&self, at: usize, field: &str, depth: usize) -> Option<u32> {
@@ -82,6 +92,17 @@ impl<'a> Btf<'a> {
         })
     }
 
+    /// Value of an enumerator of the first enum of that name.
+    pub(crate) fn enum_value(&self, name: &str, enumerator: &str) -> Option<u32> {
+        const VALUE_LEN: usize = 8;
+        let at = self.find(ENUM, name)?;
+        (0..self.header(at)?.count).find_map(|index| {
+            let value = at + HEADER_LEN + index * VALUE_LEN;
+            let is_it = self.is(u32_at(self.types, value)?, enumerator);
+            is_it.then(|| u32_at(self.types, value + 4))?
+        })
+    }
+
     fn header(&self, at: usize) -> Option<Header> {
         let info = u32_at(self.types, at + 4)?;
         Some(Header {
@@ -100,6 +121,20 @@ impl<'a> Btf<'a> {
     }
 }
 
+/// A struct of a kernel.
+#[derive(Clone, Copy)]
+pub(crate) struct Struct<'a> {
+    btf: &'a Btf<'a>,
+    at: usize,
+}
+
+impl Struct<'_> {
+    /// As [`Btf::bit_offset`].
+    pub(crate) fn bit_offset(&self, field: &str) -> Option<u32> {
+        self.btf.member_offset(self.at, field, 0)
+    }
+}
+
 impl Header {
     /// Length in bytes of what follows the header; `None` for a kind from a later kernel.
     const fn rest_len(self) -> Option<usize> {
@@ -114,7 +149,7 @@ impl Header {
             // Structs, unions, data sections, 64-bit enums.
             STRUCT | UNION | 15 | 19 => self.count * 12,
             // Enums, function prototypes.
-            6 | 13 => self.count * 8,
+            ENUM | 13 => self.count * 8,
             _ => return None,
         })
     }

@@ -11,8 +11,10 @@ use vxcsum_common::{Policy, Verdict};
 
 use crate::attach::Method;
 use crate::config::{Config, ConfigError};
+use crate::event::Direction;
 use crate::plan::{UnusablePorts, Wish};
 use crate::protocol::Filter;
+use crate::receive;
 use crate::run::Options;
 use crate::server::{self, DEFAULT_SOCKET};
 use crate::supervisor;
@@ -60,17 +62,22 @@ pub struct TailArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Only events with this verdict: `mangled_zero`, `stale_nat` or `bad`
-    #[arg(long, value_name = "VERDICT", num_args = 1.., value_parser = broken_verdict)]
+    /// Only events with this verdict: `mangled_zero`, `stale_nat` or `bad`; of dropped packets also
+    /// `offload_pending`, `missing`, `zero` or `unverified`
+    #[arg(long, value_name = "VERDICT", num_args = 1.., value_parser = reported_verdict)]
     verdict: Vec<String>,
 
     /// Only events of this VXLAN network identifier
     #[arg(long, value_name = "VNI", num_args = 1..)]
     vni: Vec<u32>,
 
-    /// Only events of packets to this node, by its outer address
+    /// Only events of packets to or from this other node, by its outer address
     #[arg(long, value_name = "ADDRESS", num_args = 1..)]
     peer: Vec<IpAddr>,
+
+    /// Only events of packets that this node sends, or of those that it drops
+    #[arg(long, value_enum)]
+    direction: Option<Direction>,
 
     /// Only connections that wait for a broken packet or have waited, and queries that were lost
     /// again; no events
@@ -89,15 +96,16 @@ impl TailArgs {
             verdict: self.verdict.clone(),
             vni: self.vni.clone(),
             peer: self.peer.clone(),
+            direction: self.direction.into_iter().collect(),
             stalls: self.stalls,
         }
     }
 }
 
-/// Only these have events.
-fn broken_verdict(text: &str) -> Result<String, String> {
-    let broken = Verdict::ALL.into_iter().filter(|verdict| verdict.is_broken());
-    let names: Vec<_> = broken.map(Verdict::as_str).collect();
+/// All but one have events: nothing is to be said of a right sum.
+fn reported_verdict(text: &str) -> Result<String, String> {
+    let reported = Verdict::ALL.into_iter().filter(|&verdict| verdict != Verdict::Valid);
+    let names: Vec<_> = reported.map(Verdict::as_str).collect();
     if names.contains(&text) {
         return Ok(text.to_owned());
     }
@@ -141,6 +149,7 @@ Examples:
   vxcsum run --interface eth0                    watch this one only
   vxcsum run --interface eth0 --json | jq .      one JSON object a line, the summary last
   vxcsum run --interface eth0 --fix restore      put broken checksums right in place
+  vxcsum run --receive                           insist on seeing what this node drops
 
 Nothing is ever written unless --fix asks for it. An interface is the underlay NIC, the one that tunnel packets leave through (eth0, bond0), not
 the VXLAN device. Needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON.
@@ -182,7 +191,7 @@ pub struct RunArgs {
     #[arg(long)]
     json: bool,
 
-    /// The most events a second from each interface, 0 for no limit; counters stay exact, and a
+    /// The most events a second from each interface and of dropped packets, 0 for no limit; counters stay exact, and a
     /// connection that is new is preferred over repeats [default: 1000]
     #[arg(long, value_name = "N")]
     events_per_second: Option<u32>,
@@ -191,7 +200,12 @@ pub struct RunArgs {
     #[arg(long, value_enum)]
     attach: Option<AttachArg>,
 
-    /// Size of the event buffer of each interface in KiB, a power of two [default: 1024]
+    /// Also report packets that this node drops for their outer UDP checksum, and who sent them; auto
+    /// where the kernel can [default: auto]
+    #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, default_missing_value = "on")]
+    receive: Option<receive::Mode>,
+
+    /// Size of each event buffer in KiB, a power of two [default: 1024]
     #[arg(long, value_name = "KIB", value_parser = ring_kib)]
     ring_kib: Option<u32>,
 
@@ -344,6 +358,7 @@ impl RunArgs {
             },
             ring_len: ring_kib * 1024,
             bpf_log: self.bpf_log,
+            receive: self.receive.or(file.receive).unwrap_or_default(),
         };
         let options = Options {
             watch,

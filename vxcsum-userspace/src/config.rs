@@ -9,6 +9,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::cli::{AttachArg, FixArg, LogFormat, PolicyArg};
+use crate::receive;
 
 /// Read where no other file is named; need not be there.
 pub const DEFAULT_CONFIG: &str = "/etc/vxcsum/vxcsum.toml";
@@ -25,6 +26,7 @@ pub struct Config {
     pub fix_unproven: Option<bool>,
     pub events_per_second: Option<u32>,
     pub attach: Option<AttachArg>,
+    pub receive: Option<receive::Mode>,
     pub ring_kib: Option<u32>,
     pub socket: Option<PathBuf>,
     pub socket_group: Option<String>,
@@ -35,7 +37,7 @@ pub struct Config {
 }
 
 /// Every key, for suggestions.
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 15] = [
     "interface",
     "port",
     "policy",
@@ -43,6 +45,7 @@ const KEYS: [&str; 14] = [
     "fix-unproven",
     "events-per-second",
     "attach",
+    "receive",
     "ring-kib",
     "socket",
     "socket-group",
@@ -136,6 +139,7 @@ mod tests {
             fix-unproven = false
             events-per-second = 10
             attach = "clsact"
+            receive = "off"
             ring-kib = 256
             socket = "/run/x.sock"
             socket-group = "adm"

@@ -4,6 +4,7 @@ use std::fmt::{self, Display};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, SystemTime};
 
+use clap::ValueEnum;
 use nix::time::{ClockId, clock_gettime};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -19,15 +20,17 @@ use crate::stalls::Trace;
 /// An event, in the order of its JSON.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Event {
-    /// When the packet left.
+    /// When the packet left, or was dropped.
     #[serde(with = "rfc3339")]
     pub time: SystemTime,
-    /// The interface it left through.
+    /// Who saw it.
+    pub direction: Direction,
+    /// The interface it left or arrived through.
     pub interface: String,
-    /// The VXLAN device that sent it, where that is known.
+    /// The VXLAN device that sent it, or that would have received it, where that is known.
     pub device: Option<String>,
-    /// VXLAN network identifier.
-    pub vni: u32,
+    /// VXLAN network identifier, where it is known: it always is at the sender.
+    pub vni: Option<u32>,
     /// The verdict.
     #[serde(with = "names::verdict")]
     pub verdict: Verdict,
@@ -38,6 +41,9 @@ pub struct Event {
     pub check: Hex,
     /// The right sum, where it is known.
     pub expected: Option<Hex>,
+    /// `headers` where the payload was out of reach and the inner checksum is taken to be right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected_from: Option<String>,
     /// The outer headers.
     pub outer: OuterView,
     /// The inner headers.
@@ -59,16 +65,27 @@ pub struct Event {
     pub trace: Trace,
 }
 
+/// Who saw the packet: the node that sent it, on its way out, or the node that dropped it for its
+/// outer checksum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the words of the option")]
+pub enum Direction {
+    Egress,
+    Receive,
+}
+
 /// Outer addresses and ports.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct OuterView {
-    src: IpAddr,
+    /// The node that it comes from.
+    pub(crate) src: IpAddr,
     /// The node that it goes to.
     pub dst: IpAddr,
-    sport: u16,
-    dport: u16,
+    pub(crate) sport: u16,
+    pub(crate) dport: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
-    sport_before_nat: Option<u16>,
+    pub(crate) sport_before_nat: Option<u16>,
 }
 
 /// Inner addresses and ports, as far as the inner packet has them.
@@ -173,13 +190,15 @@ impl Source {
         let trace = Trace::read(&raw, &packet, &outer, ends);
         Some(Event {
             time: wall_clock(Duration::from_nanos(raw.boot_ns)),
+            direction: Direction::Egress,
             interface: self.interface.clone(),
             device: device.map(str::to_owned),
-            vni: outer.vni,
+            vni: Some(outer.vni),
             verdict: Verdict::from_u8(raw.verdict)?,
             action: Action::from_u8(raw.action)?,
             check: Hex::U16(raw.check),
             expected: (raw.expected != 0).then_some(Hex::U16(raw.expected)),
+            expected_from: None,
             outer: OuterView {
                 src,
                 dst,
@@ -206,7 +225,7 @@ impl Source {
 }
 
 /// Finds the headers of a packet that the program has already found to be VXLAN.
-struct AnyPort;
+pub(crate) struct AnyPort;
 
 impl Watch for AnyPort {
     type Port = ();
@@ -224,8 +243,18 @@ impl Watch for AnyPort {
     }
 }
 
+impl Event {
+    /// The other node.
+    pub const fn peer(&self) -> IpAddr {
+        match self.direction {
+            Direction::Egress => self.outer.dst,
+            Direction::Receive => self.outer.src,
+        }
+    }
+}
+
 impl InnerView {
-    fn read(packet: &Captured<'_>, outer: &Outer) -> Result<Self, Cut> {
+    pub(crate) fn read(packet: &Captured<'_>, outer: &Outer) -> Result<Self, Cut> {
         let Some(ip) = inner::parse(packet, outer)?.ip else {
             let (ethertype, _) = outer::ethertype(packet, outer.inner())?;
             let proto = match ethertype {
@@ -258,7 +287,7 @@ impl InnerView {
         Ok(view)
     }
 
-    fn cut() -> Self {
+    pub(crate) fn cut() -> Self {
         Self { proto: "unknown".to_owned(), ..Self::default() }
     }
 }
@@ -278,7 +307,12 @@ fn tcp_flags(flags: u8) -> String {
     LETTERS.iter().filter(|(bit, _)| flags & bit != 0).map(|&(_, letter)| letter).collect()
 }
 
-fn addresses(packet: &Captured<'_>, ip: usize, is_ipv6: bool) -> Result<(IpAddr, IpAddr), Cut> {
+/// Source and destination address of the IP header at `ip`.
+pub(crate) fn addresses(
+    packet: &Captured<'_>,
+    ip: usize,
+    is_ipv6: bool,
+) -> Result<(IpAddr, IpAddr), Cut> {
     if is_ipv6 {
         let ipv6 = |offset| {
             let words = packet.header::<16>(offset)?;
@@ -318,13 +352,17 @@ impl Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let time = time_of_day(self.time);
         let device = self.device.as_deref().unwrap_or("(unknown device)");
-        write!(
-            f,
-            "{time} {} {} {device} vni {}  ",
-            self.interface,
-            self.verdict.as_str(),
-            self.vni
-        )?;
+        write!(f, "{time} {} ", self.interface)?;
+        match self.direction {
+            Direction::Egress => write!(f, "{}", self.verdict.as_str())?,
+            Direction::Receive => {
+                write!(f, "receive dropped {} from {}", self.verdict.as_str(), self.outer.src)?;
+            }
+        }
+        match self.vni {
+            Some(vni) => write!(f, " {device} vni {vni}  ")?,
+            None => write!(f, " {device} vni unknown  ")?,
+        }
         write!(
             f,
             "{} > {}",
@@ -339,6 +377,9 @@ impl Display for Event {
             (Verdict::MangledZero, _) => write!(f, ", the device sends none")?,
             (_, Some(expected)) => write!(f, ", expected {expected}")?,
             (_, None) => {}
+        }
+        if let Some(from) = &self.expected_from {
+            write!(f, " (from {from})")?;
         }
         write!(f, "  inner {}", self.inner)?;
         if self.mark != Hex::U32(0) {

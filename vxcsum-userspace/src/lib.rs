@@ -16,6 +16,7 @@ pub mod plan;
 pub mod privileges;
 pub mod program;
 pub mod protocol;
+pub mod receive;
 pub mod run;
 pub mod server;
 pub mod skb_layout;

@@ -23,7 +23,8 @@ use tokio::time::sleep;
 use vxcsum_common::Verdict;
 use vxcsum_common::layout::Report;
 
-use crate::server::{Counts, Request};
+use crate::receive;
+use crate::server::{Metered, Request};
 use crate::stalls::Totals;
 use crate::supervisor::Counted;
 
@@ -82,7 +83,7 @@ async fn answer(
     Ok(response)
 }
 
-async fn counted(requests: &mpsc::Sender<Request>) -> Option<Counts> {
+async fn counted(requests: &mpsc::Sender<Request>) -> Option<Metered> {
     let (reply, counted) = oneshot::channel();
     requests.send(Request::Count(reply)).await.ok()?;
     counted.await.ok()?.ok()
@@ -111,9 +112,9 @@ impl Format {
         }
     }
 
-    fn encode(self, counts: Counts) -> String {
+    fn encode(self, metered: Metered) -> String {
         let mut registry = Registry::default();
-        registry.register_collector(Box::new(Snapshot(counts)));
+        registry.register_collector(Box::new(Snapshot::new(metered)));
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
@@ -154,26 +155,48 @@ fn to_prometheus_text(open_metrics: &str) -> String {
 
 /// All metrics at one instant.
 #[derive(Debug)]
-struct Snapshot(Counts);
+struct Snapshot {
+    metered: Metered,
+    /// Of the peers in `metered`.
+    peers: Vec<String>,
+}
 
 /// A sample: its labels and its value.
 type Sample<'a> = (Vec<(&'static str, &'a str)>, u64);
 
+/// A metric: its name, its help and its samples.
+type Family<'a> = (&'static str, &'static str, Vec<Sample<'a>>);
+
 impl Snapshot {
+    fn new(metered: Metered) -> Self {
+        let peers = metered.counts.receive.peers.iter().map(|&(peer, _)| receive::peer_name(peer));
+        Self { peers: peers.collect(), metered }
+    }
+
     fn samples<'a, Samples: IntoIterator<Item = Sample<'a>>>(
         &'a self,
         of_interface: impl Fn(&'a Counted) -> Samples,
     ) -> Vec<Sample<'a>> {
-        self.0.interfaces.iter().flat_map(of_interface).collect()
+        self.metered.counts.interfaces.iter().flat_map(of_interface).collect()
     }
 
     fn events(&self, report: Report) -> Vec<Sample<'_>> {
-        let count = self.0.interfaces.iter().map(|it| it.counters.reported(report).skbs).sum();
-        vec![(Vec::new(), count)]
+        let counters = self.metered.counts.interfaces.iter().map(|it| &it.counters);
+        vec![(Vec::new(), counters.map(|it| it.reported(report).skbs).sum())]
+    }
+
+    fn receive_events(&self, report: Report) -> Vec<Sample<'_>> {
+        vec![(Vec::new(), self.metered.counts.receive.reported(report))]
+    }
+
+    fn dropped(&self) -> Vec<Sample<'_>> {
+        let drops = self.metered.counts.receive.peers.iter().map(|(_, drops)| drops.packets());
+        let names = self.peers.iter();
+        names.zip(drops).map(|(name, packets)| (vec![("peer", &**name)], packets)).collect()
     }
 
     fn stalls(&self) -> Vec<Sample<'_>> {
-        let Totals { connected, gave_up, evicted, lost_again } = self.0.stalls;
+        let Totals { connected, gave_up, evicted, lost_again } = self.metered.stalls;
         let by_outcome = [
             ("connected", connected),
             ("gave_up", gave_up),
@@ -182,10 +205,8 @@ impl Snapshot {
         ];
         by_outcome.map(|(outcome, count)| (vec![("outcome", outcome)], count)).to_vec()
     }
-}
 
-impl Collector for Snapshot {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+    fn counters(&self) -> Vec<Family<'_>> {
         let by_verdict = |value: fn(vxcsum_common::layout::Tally) -> u64| {
             self.samples(move |it| {
                 Verdict::ALL.map(|verdict| {
@@ -194,7 +215,7 @@ impl Collector for Snapshot {
                 })
             })
         };
-        let counters = [
+        vec![
             (
                 "vxcsum_skbs",
                 "Packets seen on their way out, as the stack hands them down",
@@ -233,8 +254,53 @@ impl Collector for Snapshot {
                 "Connections that have waited for a broken packet, and datagrams lost again",
                 self.stalls(),
             ),
-        ];
-        for (name, help, samples) in counters {
+            (
+                "vxcsum_receive_dropped_packets",
+                "VXLAN packets that this node dropped for their UDP checksum, by the sending node",
+                self.dropped(),
+            ),
+            (
+                "vxcsum_receive_not_vxlan_packets",
+                "Other packets that this node dropped for their UDP checksum",
+                vec![(Vec::new(), self.metered.counts.receive.not_vxlan)],
+            ),
+            (
+                "vxcsum_receive_events_emitted",
+                "Events of dropped packets sent to user space",
+                self.receive_events(Report::Emitted),
+            ),
+            (
+                "vxcsum_receive_events_suppressed",
+                "Events of dropped packets held back by the rate limit",
+                self.receive_events(Report::Suppressed),
+            ),
+            (
+                "vxcsum_receive_events_lost",
+                "Events of dropped packets that found no room",
+                self.receive_events(Report::Lost),
+            ),
+        ]
+    }
+
+    fn gauges(&self) -> Vec<Family<'_>> {
+        let attached = self.samples(|it| {
+            it.method.map(|method| (vec![("interface", &*it.name), ("method", method.as_str())], 1))
+        });
+        let waiting = vec![(Vec::new(), self.metered.waiting)];
+        let receive = vec![(Vec::new(), u64::from(self.metered.counts.receive.why_not.is_none()))];
+        let build = vec![(vec![("version", env!("CARGO_PKG_VERSION"))], 1)];
+        vec![
+            ("vxcsum_attached", "Interfaces that are watched", attached),
+            ("vxcsum_stalls_waiting", "Connections that wait for a broken packet now", waiting),
+            ("vxcsum_receive_attached", "Whether drops on this node are watched", receive),
+            ("vxcsum_build_info", "The version that is running", build),
+        ]
+    }
+}
+
+impl Collector for Snapshot {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        for (name, help, samples) in self.counters() {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             for (labels, value) in samples {
                 // An empty set of labels would be written as "{}".
@@ -245,16 +311,7 @@ impl Collector for Snapshot {
                 }
             }
         }
-        let attached = self.samples(|it| {
-            it.method.map(|method| (vec![("interface", &*it.name), ("method", method.as_str())], 1))
-        });
-        let waiting = vec![(Vec::new(), self.0.waiting)];
-        let build = vec![(vec![("version", env!("CARGO_PKG_VERSION"))], 1)];
-        for (name, help, samples) in [
-            ("vxcsum_attached", "Interfaces that are watched", attached),
-            ("vxcsum_stalls_waiting", "Connections that wait for a broken packet now", waiting),
-            ("vxcsum_build_info", "The version that is running", build),
-        ] {
+        for (name, help, samples) in self.gauges() {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             for (labels, value) in samples {
                 let value = i64::try_from(value).unwrap_or(i64::MAX);
@@ -272,22 +329,33 @@ impl Collector for Snapshot {
 #[cfg(test)]
 mod tests {
     use vxcsum_common::layout::Counters;
+    use vxcsum_common::receive::Drops;
 
     use super::*;
     use crate::attach::Method;
+    use crate::supervisor::Counts;
 
-    fn counted() -> Counts {
+    fn counted() -> Metered {
         let mut counters = Counters { not_vxlan: 5, restored: 2, ..Counters::default() };
         let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
         (tally.skbs, tally.further_segments, tally.bytes) = (3, 1, 500);
-        let interfaces = vec![Counted {
+        let eth0 = Counted {
             name: "eth0".to_owned(),
             method: Some(Method::Tcx),
             counters,
             sent_packets: None,
-        }];
+        };
+        let receive = receive::Counted {
+            why_not: None,
+            not_vxlan: 7,
+            peers: vec![
+                (Some([10, 0, 0, 11].into()), Drops([0, 1, 2, 0])),
+                (None, Drops([0, 0, 0, 4])),
+            ],
+            in_csum_errors: None,
+        };
         let stalls = Totals { connected: 7, gave_up: 1, ..Totals::default() };
-        Counts { interfaces, waiting: 2, stalls }
+        Metered { counts: Counts { interfaces: vec![eth0], receive }, waiting: 2, stalls }
     }
 
     #[test]
@@ -308,6 +376,13 @@ mod tests {
             r#"vxcsum_stalls_total{outcome="gave_up"} 1"#,
             r#"vxcsum_stalls_total{outcome="evicted"} 0"#,
             r#"vxcsum_attached{interface="eth0",method="tcx"} 1"#,
+            r#"vxcsum_receive_dropped_packets_total{peer="10.0.0.11"} 3"#,
+            r#"vxcsum_receive_dropped_packets_total{peer="other"} 4"#,
+            "vxcsum_receive_not_vxlan_packets_total 7",
+            "vxcsum_receive_events_emitted_total 1",
+            "vxcsum_receive_events_suppressed_total 2",
+            "vxcsum_receive_events_lost_total 4",
+            "vxcsum_receive_attached 1",
         ] {
             assert!(text.lines().any(|it| it == line), "{line} is not in\n{text}");
         }

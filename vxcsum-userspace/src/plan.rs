@@ -6,9 +6,9 @@ use std::net::IpAddr;
 
 use thiserror::Error;
 use vxcsum_common::layout::{ANY_VNI, Config, DeviceKey, FixMode, MAX_PORTS, Port, Ports};
-use vxcsum_common::{Device, Policy};
+use vxcsum_common::{Device, Policy, Watch};
 
-use crate::links::{Link, Links};
+use crate::links::{Link, Links, Vxlan};
 
 /// What the user asked for.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,6 +65,29 @@ impl Plan {
         links: &Links,
         default_ports: (u16, u16),
     ) -> Result<Self, UnusablePorts> {
+        let senders: Vec<_> = links.vxlan_over(link.index).collect();
+        Self::of_senders(wish, &senders, link, links, default_ports)
+    }
+
+    /// Makes the plan for what the node receives: over whatever interface, from senders that are
+    /// taken to be like the node's own device of the same port and VNI.
+    pub fn of_node(
+        wish: &Wish,
+        links: &Links,
+        default_ports: (u16, u16),
+    ) -> Result<Self, UnusablePorts> {
+        let senders: Vec<_> =
+            links.vxlan().filter_map(|link| Some((link, link.vxlan.as_ref()?))).collect();
+        Self::of_senders(wish, &senders, &Link::default(), links, default_ports)
+    }
+
+    fn of_senders(
+        wish: &Wish,
+        senders: &[(&Link, &Vxlan)],
+        link: &Link,
+        links: &Links,
+        default_ports: (u16, u16),
+    ) -> Result<Self, UnusablePorts> {
         let mut ports = BTreeMap::new();
         let mut devices = BTreeMap::new();
         for &port in &wish.ports {
@@ -78,7 +101,7 @@ impl Plan {
                 ..Device::UNKNOWN
             };
             devices.insert((port, ANY_VNI), anybody);
-            for (vxlan_link, vxlan) in links.vxlan_over(link.index) {
+            for &(vxlan_link, vxlan) in senders {
                 if vxlan.port != port {
                     continue;
                 }
@@ -128,6 +151,11 @@ impl Plan {
         plan
     }
 
+    /// Adds what a program has learned of senders whose policy is not known.
+    pub fn learn(&mut self, ports: &Ports) {
+        self.config.ports.learn(ports);
+    }
+
     /// For the program.
     pub fn config(&self) -> &Config {
         &self.config
@@ -146,6 +174,28 @@ impl Plan {
         let own = senders.iter().find(|sender| sender.vni == vni);
         let external = || senders.iter().find(|sender| sender.vni == ANY_VNI);
         own.or_else(external).map(|sender| sender.name.as_str())
+    }
+}
+
+/// What the program would find out by its maps, except what it learns from traffic.
+impl Watch for Plan {
+    type Port = Port;
+
+    fn port(&self, port: u16) -> Option<Port> {
+        self.config.ports.get(port).copied()
+    }
+
+    fn policy(&self, port: Port, vni: u32, is_ipv6: bool) -> Policy {
+        if port.by_vni == 0 {
+            port.policy(is_ipv6)
+        } else {
+            self.device(port.port, vni).policy(is_ipv6)
+        }
+    }
+
+    fn device(&self, port: u16, vni: u32) -> Device {
+        let own = self.devices.get(&(port, vni));
+        own.or_else(|| self.devices.get(&(port, ANY_VNI))).copied().unwrap_or(Device::UNKNOWN)
     }
 }
 

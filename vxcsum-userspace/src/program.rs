@@ -71,7 +71,7 @@ impl Default for LoadOptions {
 /// A layout of the common crate as aya wants it.
 #[derive(Clone, Copy, Debug)]
 #[repr(transparent)]
-struct Wire<T>(T);
+pub(crate) struct Wire<T>(pub(crate) T);
 
 // SAFETY: `Wire` is transparent, and bytemuck's `Pod` asks for no less than aya's: any bytes are a
 // value, there is no padding and no pointer.
@@ -220,7 +220,7 @@ impl Program {
     }
 }
 
-fn take_map<T>(
+pub(crate) fn take_map<T>(
     ebpf: &mut Ebpf,
     name: &'static str,
     convert: impl FnOnce(Map) -> Result<T, MapError>,
@@ -239,11 +239,11 @@ fn second_handle(ebpf: &Ebpf, name: &'static str) -> Result<Map, LoadError> {
 }
 
 impl LoadError {
-    fn of_object(error: EbpfError) -> Self {
+    pub(crate) fn of_object(error: EbpfError) -> Self {
         Self::by_cause(&error).unwrap_or(Self::Object(error))
     }
 
-    fn of_program(error: &ProgramError) -> Self {
+    pub(crate) fn of_program(error: &ProgramError) -> Self {
         /// Of a log of thousands, those that say what is wrong.
         const LAST_LINES: usize = 6;
         if let Some(known) = Self::by_cause(error) {

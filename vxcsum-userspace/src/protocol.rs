@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use vxcsum_common::Verdict;
 use vxcsum_common::layout::FixMode;
 
-use crate::event::Event;
+use crate::event::{Direction, Event};
 use crate::names;
 use crate::stalls::Stall;
 
@@ -37,8 +37,10 @@ pub struct Filter {
     pub verdict: Vec<String>,
     /// VXLAN network identifiers.
     pub vni: Vec<u32>,
-    /// Outer destination addresses.
+    /// Outer addresses of the other node.
     pub peer: Vec<IpAddr>,
+    /// Who saw it.
+    pub direction: Vec<Direction>,
     /// No events, only waits.
     pub stalls: bool,
 }
@@ -46,21 +48,28 @@ pub struct Filter {
 impl Filter {
     /// Whether the client wants an event.
     pub fn matches(&self, event: &Event) -> bool {
-        !self.stalls && self.lists(event.verdict, event.vni, event.outer.dst)
+        !self.stalls && self.lists(event.verdict, event.vni, event.peer(), event.direction)
     }
 
-    /// Whether the client wants to know of a wait.
+    /// Whether the client wants to know of a wait, which shows where packets leave.
     pub fn matches_stall(&self, stall: &Stall) -> bool {
-        self.lists(stall.verdict(), stall.vni(), stall.peer())
+        self.lists(stall.verdict(), Some(stall.vni()), stall.peer(), Direction::Egress)
     }
 
-    fn lists(&self, verdict: Verdict, vni: u32, peer: IpAddr) -> bool {
+    fn lists(
+        &self,
+        verdict: Verdict,
+        vni: Option<u32>,
+        peer: IpAddr,
+        direction: Direction,
+    ) -> bool {
         fn is_listed<T: PartialEq<U>, U: ?Sized>(list: &[T], value: &U) -> bool {
             list.is_empty() || list.iter().any(|item| item == value)
         }
         is_listed(&self.verdict, verdict.as_str())
-            && is_listed(&self.vni, &vni)
+            && (self.vni.is_empty() || vni.is_some_and(|vni| self.vni.contains(&vni)))
             && is_listed(&self.peer, &peer)
+            && is_listed(&self.direction, &direction)
     }
 }
 

@@ -22,7 +22,7 @@ use crate::event::{Event, boot_clock};
 use crate::links::sent_packets;
 use crate::metrics;
 use crate::privileges::{check_privileges, drop_privileges};
-use crate::server::{self, Counts, News, Request, Server};
+use crate::server::{self, Metered, News, Request, Server};
 use crate::skb_layout::{self, VMLINUX_BTF};
 use crate::stalls::{self, Stalls};
 use crate::summary::Summary;
@@ -148,7 +148,7 @@ fn warn_of_restart(current: &Options, new: &Options) {
     };
     if kept != *new {
         tracing::warn!(
-            "attach, ring-kib, socket, socket-group, metrics, json, quiet and log-format change \
+            "attach, receive, ring-kib, socket, socket-group, metrics, json, quiet and log-format change \
              with the next start only"
         );
     }
@@ -173,9 +173,9 @@ async fn answer(request: Request, supervisor: &mut Supervisor, stalls: &Mutex<St
             let _ = reply.send(summary);
         }
         Request::Count(reply) => {
-            let counts = supervisor.counted(&BTreeMap::new()).map(|interfaces| {
+            let counts = supervisor.counted(&BTreeMap::new()).map(|counts| {
                 let stalls = lock(stalls);
-                Counts { interfaces, waiting: stalls.waiting(), stalls: stalls.totals() }
+                Metered { counts, waiting: stalls.waiting(), stalls: stalls.totals() }
             });
             let _ = reply.send(counts);
         }
@@ -198,8 +198,8 @@ async fn distribute(
             biased;
             record = recorded.recv() => match record {
                 Some(Record::Event(event, follower)) => {
-                    let lines = lock(&stalls).observe(&event, &follower);
-                    ((!event.trace.is_followed).then_some(event), lines)
+                    let lines = follower.map(|follower| lock(&stalls).observe(&event, &follower));
+                    ((!event.trace.is_followed).then_some(event), lines.unwrap_or_default())
                 }
                 Some(Record::Undecodable(interface)) => {
                     tracing::warn!("an event of {interface} cannot be decoded");

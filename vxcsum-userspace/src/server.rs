@@ -18,9 +18,9 @@ use vxcsum_common::layout::FixMode;
 
 use crate::event::Event;
 use crate::protocol::{Command, Filter, MAX_LINE_LEN, Notice};
-use crate::stalls;
+use crate::stalls::{self, Totals};
 use crate::summary::Summary;
-use crate::supervisor::Counted;
+use crate::supervisor::Counts;
 
 /// Where the daemon listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/vxcsum/vxcsum.sock";
@@ -45,7 +45,7 @@ pub enum Request {
     /// Sum up.
     Status(oneshot::Sender<Result<Summary>>),
     /// Read the counters.
-    Count(oneshot::Sender<Result<Counts>>),
+    Count(oneshot::Sender<Result<Metered>>),
     /// Switch the fix mode.
     Fix(FixMode, oneshot::Sender<Result<()>>),
 }
@@ -68,13 +68,13 @@ impl News {
 
 /// Everything that is counted.
 #[derive(Debug, Default)]
-pub struct Counts {
-    /// By the program of each interface.
-    pub interfaces: Vec<Counted>,
+pub struct Metered {
+    /// By the programs.
+    pub counts: Counts,
     /// How many connections wait now.
     pub waiting: u64,
-    /// What became of the others.
-    pub stalls: stalls::Totals,
+    /// What became of those that did.
+    pub stalls: Totals,
 }
 
 /// A socket that is listened on; its file goes with it.

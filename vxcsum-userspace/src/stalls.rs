@@ -579,7 +579,7 @@ impl About {
             sport: inner.sport?,
             dst: inner.dst?,
             dport: inner.dport?,
-            vni: event.vni,
+            vni: event.vni?,
             peer: event.outer.dst,
             interface: event.interface.clone(),
             device: event.device.clone(),

@@ -10,8 +10,9 @@ use vxcsum_common::layout::{FixMode, Report};
 
 use crate::attach::Method;
 use crate::names;
+use crate::receive;
 use crate::stalls::Overview;
-use crate::supervisor::Counted;
+use crate::supervisor::{Counted, Counts};
 
 /// All interfaces.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -21,6 +22,7 @@ pub struct Summary {
     pub fix: FixMode,
     events: Events,
     interfaces: Vec<Interface>,
+    receive: ReceiveSide,
     stalls: Overview,
 }
 
@@ -49,6 +51,86 @@ pub struct Interface {
     nic_packets: Option<u64>,
 }
 
+/// Packets that this node drops for their UDP checksum.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+struct ReceiveSide {
+    attached: bool,
+    /// Why it is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
+    /// VXLAN to a watched port; the sum over all events, and over all peers.
+    dropped: u64,
+    /// The others.
+    not_vxlan: u64,
+    events: Events,
+    peers: Vec<PeerDrops>,
+    /// What the kernel itself has counted meanwhile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    in_csum_errors: Option<u64>,
+}
+
+/// Packets that one peer sent.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+struct PeerDrops {
+    /// As by [`receive::peer_name`].
+    peer: String,
+    packets: u64,
+}
+
+impl ReceiveSide {
+    fn new(counted: receive::Counted) -> Self {
+        let drops = counted.drops();
+        let peers = counted.peers.iter().map(|&(peer, drops)| PeerDrops {
+            peer: receive::peer_name(peer),
+            packets: drops.packets(),
+        });
+        Self {
+            attached: counted.why_not.is_none(),
+            why: counted.why_not,
+            dropped: drops.packets(),
+            not_vxlan: counted.not_vxlan,
+            events: Events {
+                emitted: drops.reported(Report::Emitted),
+                suppressed: drops.reported(Report::Suppressed),
+                lost: drops.reported(Report::Lost),
+            },
+            peers: peers.collect(),
+            in_csum_errors: counted.in_csum_errors,
+        }
+    }
+}
+
+impl Display for ReceiveSide {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// More only hide what is above.
+        const SHOWN_PEERS: usize = 10;
+        if let Some(why) = &self.why {
+            return writeln!(f, "receive side: off, {why}");
+        }
+        write!(f, "receive side: {} VXLAN packets dropped for their UDP checksum", self.dropped)?;
+        if self.not_vxlan != 0 {
+            write!(f, ", and {} others", self.not_vxlan)?;
+        }
+        let Events { emitted, suppressed, lost } = self.events;
+        writeln!(f, "; events: {emitted} emitted, {suppressed} suppressed, {lost} lost")?;
+        let seen = self.dropped + self.not_vxlan;
+        if let Some(counted) = self.in_csum_errors.filter(|&counted| counted > seen) {
+            writeln!(
+                f,
+                "  the kernel has counted {counted} (InCsumErrors): it does not tell of all why it \
+                 drops them"
+            )?;
+        }
+        for PeerDrops { peer, packets } in self.peers.iter().take(SHOWN_PEERS) {
+            writeln!(f, "  from {peer:<28} {packets:>12} packets")?;
+        }
+        match self.peers.len().saturating_sub(SHOWN_PEERS) {
+            0 => Ok(()),
+            more => writeln!(f, "  and from {more} more (see --json)"),
+        }
+    }
+}
+
 /// Packets and bytes on the wire.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
 struct OnWire {
@@ -58,14 +140,15 @@ struct OnWire {
 
 impl Summary {
     /// Of all interfaces, by what their programs have counted.
-    pub fn new(fix: FixMode, interfaces: Vec<Counted>) -> Self {
+    pub fn new(fix: FixMode, counts: Counts) -> Self {
         let mut summary = Self {
             fix,
             events: Events::default(),
             interfaces: Vec::new(),
+            receive: ReceiveSide::new(counts.receive),
             stalls: Overview::default(),
         };
-        for Counted { name, method: attach, counters, sent_packets } in interfaces {
+        for Counted { name, method: attach, counters, sent_packets } in counts.interfaces {
             summary.events.emitted += counters.reported(Report::Emitted).skbs;
             summary.events.suppressed += counters.reported(Report::Suppressed).skbs;
             summary.events.lost += counters.reported(Report::Lost).skbs;
@@ -143,7 +226,7 @@ impl Table<'_> {
 
 impl Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Summary { fix, events, interfaces, stalls } = self.summary;
+        let Summary { fix, events, interfaces, receive, stalls } = self.summary;
         if interfaces.is_empty() {
             writeln!(f, "no interface is watched")?;
         }
@@ -187,6 +270,7 @@ impl Display for Table<'_> {
             }
         }
         stalls.fmt(f)?;
+        receive.fmt(f)?;
         let Events { emitted, suppressed, lost } = events;
         write!(
             f,
@@ -199,19 +283,28 @@ impl Display for Table<'_> {
 #[cfg(test)]
 mod tests {
     use vxcsum_common::layout::Counters;
+    use vxcsum_common::receive::Drops;
 
     use super::*;
 
-    fn counted(packets: u64) -> Vec<Counted> {
+    fn counted(packets: u64) -> Counts {
         let mut counters = Counters { not_vxlan: 2, zeroed: 1, ..Counters::default() };
         let tally = &mut counters.tallies[Verdict::StaleNat as usize][Report::Emitted as usize];
         (tally.skbs, tally.bytes) = (packets, packets * 100);
-        vec![Counted {
+        let eth0 = Counted {
             name: "eth0".to_owned(),
             method: Some(Method::Tcx),
             counters,
             sent_packets: None,
-        }]
+        };
+        let peer = |address, drops| (address, Drops(drops));
+        let receive = receive::Counted {
+            why_not: None,
+            not_vxlan: 4,
+            peers: vec![peer(Some([10, 0, 0, 11].into()), [0, 3, 2, 0]), peer(None, [0, 0, 0, 1])],
+            in_csum_errors: Some(10),
+        };
+        Counts { interfaces: vec![eth0], receive }
     }
 
     #[test]
@@ -227,6 +320,15 @@ mod tests {
         assert_eq!(interface["verdicts"]["stale_nat"]["bytes"], 300);
         assert_eq!(interface["verdicts"].as_object().unwrap().len(), Verdict::ALL.len());
         assert_eq!(interface["fixed"], 1);
+        assert_eq!(
+            json["receive"],
+            serde_json::json!({
+                "attached": true, "dropped": 6, "not_vxlan": 4,
+                "events": {"emitted": 3, "suppressed": 2, "lost": 1},
+                "peers": [{"peer": "10.0.0.11", "packets": 5}, {"peer": "other", "packets": 1}],
+                "in_csum_errors": 10,
+            })
+        );
         let back: Summary = serde_json::from_value(json.clone()).unwrap();
         assert_eq!(serde_json::to_value(&back).unwrap(), json);
     }
@@ -243,10 +345,24 @@ mod tests {
     }
 
     #[test]
+    fn the_receive_side_says_who_or_why_not() {
+        let mut counts = counted(0);
+        let table = Summary::new(FixMode::Off, counts.clone()).to_string();
+        assert!(table.contains("receive side: 6 VXLAN packets dropped"), "{table}");
+        assert!(table.contains("from 10.0.0.11 ") && !table.contains("InCsum"), "{table}");
+        counts.receive.in_csum_errors = Some(11);
+        let table = Summary::new(FixMode::Off, counts.clone()).to_string();
+        assert!(table.contains("the kernel has counted 11 "), "{table}");
+        counts.receive.why_not = Some("no BTF".to_owned());
+        let table = Summary::new(FixMode::Off, counts).to_string();
+        assert!(table.contains("receive side: off, no BTF\n"), "{table}");
+    }
+
+    #[test]
     fn an_interface_that_sends_past_vxcsum_is_pointed_out() {
         let at = |sent| {
             let mut counted = counted(3);
-            counted[0].sent_packets = Some(sent);
+            counted.interfaces[0].sent_packets = Some(sent);
             Summary::new(FixMode::Off, counted)
         };
         let table = |sent| at(sent).table(&at(100), Duration::from_secs(1)).to_string();

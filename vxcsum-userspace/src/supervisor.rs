@@ -16,6 +16,7 @@ use crate::event::{Event, Source};
 use crate::links::{Link, Links};
 use crate::plan::{Plan, Wish};
 use crate::program::{LoadOptions, Program};
+use crate::receive::{self, Receive};
 use crate::stalls::Follower;
 
 /// What to watch, and how.
@@ -31,15 +32,26 @@ pub struct Options {
     pub ring_len: u32,
     /// Show the debug log of the BPF program.
     pub bpf_log: bool,
+    /// Whether to watch the receiver's side as well.
+    pub receive: receive::Mode,
 }
 
 /// What comes out of a ring buffer.
 #[derive(Clone)]
 pub enum Record {
-    /// A broken packet, or one of a flow that is followed, and who follows flows there.
-    Event(Arc<Event>, Follower),
+    /// A broken packet, or one of a flow that is followed, and who follows flows where it left.
+    Event(Arc<Event>, Option<Follower>),
     /// Not an event of this version, from this interface.
     Undecodable(String),
+}
+
+/// What was counted on all interfaces, and on the receiver's side.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    /// Packets on their way out.
+    pub interfaces: Vec<Counted>,
+    /// Packets dropped on their way in.
+    pub receive: receive::Counted,
 }
 
 /// What was counted on one interface.
@@ -61,6 +73,7 @@ pub struct Supervisor {
     skb_layout: Option<SkbLayout>,
     records: mpsc::Sender<Record>,
     watched: BTreeMap<u32, Watched>,
+    receive: Receive,
     /// What programs had counted that are gone, by interface.
     past: BTreeMap<String, Counters>,
     /// What was said last, so as not to say it again each time.
@@ -90,6 +103,7 @@ impl Supervisor {
             skb_layout,
             records,
             watched: BTreeMap::new(),
+            receive: Receive::Not("not started yet".to_owned()),
             past: BTreeMap::new(),
             complaints: BTreeSet::new(),
         }
@@ -113,6 +127,13 @@ impl Supervisor {
         if wanted.is_empty() {
             self.complain(&nothing_to_watch(&links));
         }
+        self.receive = Receive::start(
+            self.options.receive,
+            self.receive_plan(&links)?,
+            self.options.ring_len,
+            self.records.clone(),
+        )?;
+        give_back_memory();
         Ok(())
     }
 
@@ -139,6 +160,10 @@ impl Supervisor {
             if let Err(error) = outcome {
                 complaints.insert(format!("{error:#}"));
             }
+        }
+        let outcome = self.receive_plan(&links).and_then(|plan| self.receive.update(plan));
+        if let Err(error) = outcome {
+            complaints.insert(format!("{error:#}"));
         }
         if wanted.is_empty() && self.options.interfaces.is_empty() {
             complaints.insert(nothing_to_watch(&links));
@@ -169,6 +194,14 @@ impl Supervisor {
         Ok(Plan::new(&self.options.wish, link, links, local_port_range())?)
     }
 
+    fn receive_plan(&self, links: &Links) -> Result<Plan> {
+        let mut plan = Plan::of_node(&self.options.wish, links, local_port_range())?;
+        for watched in self.watched.values() {
+            plan.learn(&watched.program.config()?.ports);
+        }
+        Ok(plan)
+    }
+
     /// Loads, configures and attaches the program of one interface.
     fn watch(&mut self, link: &Link, links: &Links) -> Result<()> {
         let claim = Claim::new(&link.name, link.index)?;
@@ -197,8 +230,15 @@ impl Supervisor {
         let source = Arc::new(Source { interface: link.name.clone(), plan });
         let (source, sources) = watch::channel(source);
         let (stop, stopped) = watch::channel(false);
-        let records = self.records.clone();
-        let reader = tokio::spawn(forward(events, sources, program.followed(), records, stopped));
+        let follower = program.followed();
+        let decode = move |record: &[u8]| {
+            let source = sources.borrow();
+            match source.decode(record) {
+                Some(event) => Record::Event(Arc::new(event), Some(follower.clone())),
+                None => Record::Undecodable(source.interface.clone()),
+            }
+        };
+        let reader = tokio::spawn(forward(events, decode, self.records.clone(), stopped));
         let name = link.name.clone();
         let watched = Watched { name, program, attachment, claim, source, stop, reader };
         self.watched.insert(link.index, watched);
@@ -257,7 +297,7 @@ impl Supervisor {
     }
 
     /// What has been counted so far, beside what the interfaces say that they have sent.
-    pub fn counted(&self, sent_packets: &BTreeMap<u32, u64>) -> Result<Vec<Counted>> {
+    pub fn counted(&self, sent_packets: &BTreeMap<u32, u64>) -> Result<Counts> {
         let mut counted = Vec::new();
         for (index, Watched { name, program, attachment, .. }) in &self.watched {
             counted.push(Counted {
@@ -267,19 +307,20 @@ impl Supervisor {
                 sent_packets: sent_packets.get(index).copied(),
             });
         }
-        Ok(self.with_past(counted))
+        Ok(Counts { interfaces: self.with_past(counted), receive: self.receive.counted()? })
     }
 
     /// Detaches from all interfaces. First the programs end, then what they have left in the ring
     /// buffers is read, then the counters: so every event that is counted has been forwarded.
-    pub async fn stop(mut self) -> Result<Vec<Counted>> {
+    pub async fn stop(mut self) -> Result<Counts> {
         let mut counted = Vec::new();
         while let Some((_, watched)) = self.watched.pop_first() {
             let name = watched.name.clone();
             let (method, counters) = watched.end().await?;
             counted.push(Counted { name, method: Some(method), counters, sent_packets: None });
         }
-        Ok(self.with_past(counted))
+        let interfaces = self.with_past(counted);
+        Ok(Counts { interfaces, receive: self.receive.stop().await? })
     }
 
     fn with_past(&self, mut counted: Vec<Counted>) -> Vec<Counted> {
@@ -344,23 +385,17 @@ const fn sortable(key: vxcsum_common::layout::DeviceKey) -> (u32, u32) {
     (key.port, key.vni)
 }
 
-/// Takes events from a ring buffer, until told to stop and the ring is empty.
-async fn forward(
+/// Takes records from a ring buffer, until told to stop and the ring is empty.
+pub(crate) async fn forward(
     mut events: AsyncFd<RingBuf<MapData>>,
-    sources: watch::Receiver<Arc<Source>>,
-    follower: Follower,
+    decode: impl Fn(&[u8]) -> Record,
     records: mpsc::Sender<Record>,
     mut stop: watch::Receiver<bool>,
 ) {
     loop {
         let stopping = *stop.borrow_and_update();
         while let Some(bytes) = events.get_mut().next().map(|bytes| bytes.to_vec()) {
-            let source = sources.borrow().clone();
-            let record = match source.decode(&bytes) {
-                Some(event) => Record::Event(Arc::new(event), follower.clone()),
-                None => Record::Undecodable(source.interface.clone()),
-            };
-            if records.send(record).await.is_err() {
+            if records.send(decode(&bytes)).await.is_err() {
                 return;
             }
         }
