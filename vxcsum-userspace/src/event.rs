@@ -162,7 +162,6 @@ impl Source {
         };
         let (at, ()) = outer::locate(&packet, &AnyPort).ok()??;
         let outer = Outer::read(&packet, at).ok()?;
-        let (src, dst) = addresses(&packet, at.ip, at.is_ipv6).ok()?;
         let device = self.plan.device_name(outer.destination_port, outer.vni);
         Some(Event {
             time: wall_clock(raw.boot_ns),
@@ -173,15 +172,8 @@ impl Source {
             action: Action::from_u8(raw.action)?,
             check: Hex::U16(raw.check),
             expected: (raw.expected != 0).then_some(Hex::U16(raw.expected)),
-            outer: OuterView {
-                src,
-                dst,
-                sport: outer.source_port,
-                dport: outer.destination_port,
-                sport_before_nat: (raw.source_port_before_nat != 0)
-                    .then_some(raw.source_port_before_nat),
-            },
-            inner: InnerView::read(&packet, &outer).unwrap_or_else(|Cut| InnerView::cut()),
+            outer: OuterView::read(&packet, &outer, raw.source_port_before_nat).ok()?,
+            inner: InnerView::of(&packet, &outer),
             mark: Hex::U32(raw.mark),
             segments: raw.segments,
             len: raw.len,
@@ -216,7 +208,30 @@ impl Watch for AnyPort {
     }
 }
 
+impl OuterView {
+    /// Of a packet with these outer headers. The port from before NAT is 0 where it is not known.
+    pub(crate) fn read(
+        packet: &Captured<'_>,
+        outer: &Outer,
+        source_port_before_nat: u16,
+    ) -> Result<Self, Cut> {
+        let (src, dst) = addresses(packet, outer.at.ip, outer.at.is_ipv6)?;
+        Ok(Self {
+            src,
+            dst,
+            sport: outer.source_port,
+            dport: outer.destination_port,
+            sport_before_nat: (source_port_before_nat != 0).then_some(source_port_before_nat),
+        })
+    }
+}
+
 impl InnerView {
+    /// Of a packet with these outer headers, as far as it can be read.
+    pub(crate) fn of(packet: &Captured<'_>, outer: &Outer) -> Self {
+        Self::read(packet, outer).unwrap_or_else(|Cut| Self::cut())
+    }
+
     fn read(packet: &Captured<'_>, outer: &Outer) -> Result<Self, Cut> {
         let Some(ip) = inner::parse(packet, outer)?.ip else {
             let (ethertype, _) = outer::ethertype(packet, outer.inner())?;
@@ -308,16 +323,7 @@ impl Display for Event {
             self.verdict.as_str(),
             self.vni
         )?;
-        write!(
-            f,
-            "{} > {}",
-            endpoint(self.outer.src, self.outer.sport),
-            endpoint(self.outer.dst, self.outer.dport)
-        )?;
-        if let Some(port) = self.outer.sport_before_nat {
-            write!(f, " (port {port} before NAT)")?;
-        }
-        write!(f, "  check {}", self.check)?;
+        write!(f, "{}  check {}", self.outer, self.check)?;
         match (self.verdict, self.expected) {
             (Verdict::MangledZero, _) => write!(f, ", the device sends none")?,
             (_, Some(expected)) => write!(f, ", expected {expected}")?,
@@ -333,6 +339,16 @@ impl Display for Event {
         match self.action {
             Action::None => Ok(()),
             action => write!(f, "  {}", action.as_str()),
+        }
+    }
+}
+
+impl Display for OuterView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} > {}", endpoint(self.src, self.sport), endpoint(self.dst, self.dport))?;
+        match self.sport_before_nat {
+            Some(port) => write!(f, " (port {port} before NAT)"),
+            None => Ok(()),
         }
     }
 }
