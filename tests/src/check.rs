@@ -149,7 +149,10 @@ impl Tcpdump {
     pub fn start(ns: &NetNs, device: &str, options: &[&str], file: &Path) -> Result<Self> {
         let log = file.with_extension("log");
         let mut command = ns.command("tcpdump");
-        command.args(["-Z", "root", "-n", "-U", "--immediate-mode", "-B", "65536", "-i", device]);
+        command.args(["-Z", "root", "-n", "-U", "-i", device]);
+        // In immediate mode each packet takes a slot of this length, whatever its own: with the
+        // default length, the buffer has room for a few hundred.
+        command.args(["--immediate-mode", "-s", "4096", "-B", "65536"]);
         command.args(options).arg("-w").arg(file).stderr(fs::File::create(&log)?);
         let tcpdump = Self { child: command.stdin(Stdio::null()).spawn().context("tcpdump")? };
         wait_until("tcpdump listens", TIMEOUT, || {

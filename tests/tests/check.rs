@@ -219,11 +219,12 @@ fn cooked_captures_of_any_interface() -> Result<()> {
         let capture = Capture::start(&lab.b, NIC, Direction::Both)?;
         all_traffic(&lab, MASQUERADE)?;
         let plain = check_json([capture.stop()?.file()?.path()])?;
-        // tcpdump may be behind, and leaves what it has not read yet.
-        let same = |checked: &Checked, verdict| checked.count(verdict) == plain.count(verdict);
+        // tcpdump may be behind, and leaves what it has not read yet. It was there first, so a
+        // multicast report may be more.
+        let enough = |checked: &Checked, verdict| checked.count(verdict) >= plain.count(verdict);
         wait_until("tcpdump has written as many packets", PLENTY, || {
             let checked = check_json([&cooked])?;
-            Ok(same(&checked, "stale_nat") && same(&checked, "valid"))
+            Ok(enough(&checked, "stale_nat") && enough(&checked, "valid"))
         })?;
         tcpdump.stop()?;
         let (_, bad) = assert_agrees(&cooked)?;
