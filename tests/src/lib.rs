@@ -4,6 +4,7 @@
 
 pub mod capture;
 pub mod cases;
+pub mod check;
 pub mod client;
 pub mod conntrack;
 pub mod counters;

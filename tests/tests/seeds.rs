@@ -14,6 +14,8 @@ use etherparse::TcpHeader;
 use internet_checksum::Checksum;
 use vxcsum_common::layout::{Config, Port, Ports};
 use vxcsum_common::{Captured, Device, Examined, Finding, Policy, Proof, Verdict, Watch, examine};
+use vxcsum_tests::capture::Recording;
+use vxcsum_tests::check::{Checked, check_json};
 use vxcsum_tests::packets::{Check, Ethernet, Frame, Ip, SegmentSum, Tcp, Transport, Udp, Vxlan};
 
 /// All that is known of who sends to port 8472.
@@ -80,6 +82,12 @@ fn solve(right: u16, frame: impl Fn(u16) -> Frame) -> u16 {
     let macs = missing_word(frame(0).check().unwrap(), right);
     assert_eq!(frame(macs).check().unwrap(), right);
     macs
+}
+
+/// What `vxcsum check` makes of a capture of them.
+fn checked(frames: impl IntoIterator<Item = Frame>) -> Checked {
+    let frames = frames.into_iter().map(|frame| frame.bytes).collect();
+    check_json([Recording { frames }.file().unwrap().path()]).unwrap()
 }
 
 /// The options of a SYN as Linux writes them: mss, sackOK, TS, nop, wscale.
@@ -159,6 +167,23 @@ mod one_minute_to_connect {
                     assert_eq!(as_tcpdump_has_it(&frame), EXPECTED, "SYN {number}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn the_capture_explains_itself() {
+        // What the device sends is told by the last of them only.
+        let mangled = Check::Value(0xffff);
+        let six = (0..6).map(|number| syn(number, macs(), 60142, mangled, SegmentSum::Complete));
+        let seventh = syn(6, macs(), 50024, Check::Zero, SegmentSum::Complete);
+        let checked = checked(six.chain([seventh]));
+        assert_eq!((checked.count("mangled_zero"), checked.count("zero")), (6, 1));
+        assert_eq!((checked.ended.code, checked.packets.len()), (Some(1), 6));
+        for packet in checked.packets {
+            assert_eq!(
+                (&packet["check"], &packet["expected"]),
+                (&"0xffff".into(), &"0x4b80".into())
+            );
         }
     }
 
@@ -346,6 +371,23 @@ mod name_server_out_of_reach {
             let stale = question(port, stale, macs, identification, from);
             assert_eq!(stale.bytes, frame.bytes);
         }
+    }
+
+    #[test]
+    fn the_capture_tells_stale_questions_from_healthy_replies() {
+        let macs = macs();
+        let stale = [(54947, 0x694b, 29991, 42230), (29594, 0x3c0a, 1772, 60334)];
+        let questions = stale.map(|(port, check, identification, from)| {
+            question(port, Check::Value(check), macs, identification, from)
+        });
+        let replies =
+            (0..4).map(|number| reply(number, Check::Value(REPLIES[number].outer.0), macs));
+        let checked = checked(questions.into_iter().chain(replies));
+        assert_eq!((checked.count("stale_nat"), checked.count("valid")), (2, 4));
+        // "[bad udp cksum …]" was printed of all six.
+        assert_eq!(checked.looks_bad(), 4);
+        let before = checked.packets.iter().map(|packet| &packet["outer"]["sport_before_nat"]);
+        assert_eq!(before.collect::<Vec<_>>(), [42276, 53861]);
     }
 
     #[test]

@@ -151,15 +151,15 @@ impl Outer {
     pub fn read<P: Packet>(packet: &P, at: Location) -> Result<Self, Cut> {
         let addresses = addresses(packet, at.ip, at.is_ipv6)?;
         let headers = packet.header::<{ UDP_LEN + VXLAN_LEN }>(at.udp)?;
-        let udp_len = headers.be16::<4>();
+        let udp_len = udp_len(packet, at.udp, headers.be16::<4>());
         Ok(Self {
             at,
-            udp_len: usize::from(udp_len),
+            udp_len,
             source_port: headers.be16::<0>(),
             destination_port: headers.be16::<2>(),
             check: headers.be16::<6>(),
             vni: headers.be32::<12>() >> 8,
-            pseudo_header: addresses + Sum::of_u16(u16::from(UDP)) + Sum::of_u16(udp_len),
+            pseudo_header: addresses + Sum::of_u16(u16::from(UDP)) + sum_of_len(udp_len),
             headers: headers.sum::<0, 6>() + headers.sum::<8, VXLAN_LEN>(),
         })
     }
@@ -169,6 +169,26 @@ impl Outer {
     pub const fn inner(&self) -> usize {
         self.at.udp + UDP_LEN + VXLAN_LEN
     }
+}
+
+/// The length of the UDP datagram at `offset`, by its length field. One that is too long for the
+/// field has zero there, or, on kernels that do not take care, the low half of its length.
+#[inline(always)]
+fn udp_len<P: Packet>(packet: &P, offset: usize, field: u16) -> usize {
+    if packet.may_lack_length() {
+        let all = packet.len().saturating_sub(offset);
+        if all > usize::from(u16::MAX) && (field == 0 || field == all as u16) {
+            return all;
+        }
+    }
+    usize::from(field)
+}
+
+/// A length in a pseudo-header: 32 bits (RFC 8200 §8.1), the upper of which are zero unless the
+/// packet is too long for its length field.
+#[inline(always)]
+fn sum_of_len(len: usize) -> Sum {
+    Sum::of_u16(len as u16) + Sum::of_u16((len >> 16) as u16)
 }
 
 /// The `EtherType` of the Ethernet frame at `offset`, and the offset of what it announces: VLAN tags
@@ -222,7 +242,10 @@ fn ipv4<P: Packet>(packet: &P, offset: usize) -> Result<Option<Ip>, Cut> {
         is_ipv6: false,
         protocol: header.u8::<9>(),
         payload: offset + header_len,
-        payload_len: usize::from(header.be16::<2>()).saturating_sub(header_len),
+        payload_len: match header.be16::<2>() {
+            0 if packet.may_lack_length() => packet.len().saturating_sub(offset + header_len),
+            total_len => usize::from(total_len).saturating_sub(header_len),
+        },
         fragment_offset: flags_and_offset & 0x1fff,
         more_fragments: flags_and_offset & 0x2000,
         segments_left: 0,
@@ -244,7 +267,12 @@ fn ipv6<P: Packet>(packet: &P, offset: usize) -> Result<Option<Ip>, Cut> {
         is_ipv6: true,
         protocol: extensions.protocol,
         payload: offset + IPV6_LEN + extensions.len,
-        payload_len: usize::from(header.be16::<4>()).saturating_sub(extensions.len),
+        payload_len: match header.be16::<4>() {
+            0 if packet.may_lack_length() => {
+                packet.len().saturating_sub(offset + IPV6_LEN + extensions.len)
+            }
+            len => usize::from(len).saturating_sub(extensions.len),
+        },
         fragment_offset: extensions.fragment_offset,
         more_fragments: extensions.more_fragments,
         segments_left: extensions.segments_left,
@@ -379,7 +407,7 @@ pub fn locate<P: Packet, W: Watch>(
     if vxlan.u8::<0>() & 0x08 == 0 {
         return Ok(None);
     }
-    let udp_len = usize::from(udp.be16::<4>());
+    let udp_len = udp_len(packet, ip.payload, udp.be16::<4>());
     let is_whole = ip.is_whole()
         && udp_len >= UDP_LEN + VXLAN_LEN
         && udp_len <= ip.payload_len

@@ -73,6 +73,13 @@ pub trait Packet {
         false
     }
 
+    /// Whether a length of 0 in an IP or UDP header stands for "all there is". A packet that the NIC
+    /// is still to cut may be longer than those fields can say (BIG TCP, `iph_set_totlen` in
+    /// include/linux/ip.h), and captures show it as it was then.
+    fn may_lack_length(&self) -> bool {
+        false
+    }
+
     /// The same offset, of which the compiler knows nothing any more. A BPF verifier walks a
     /// program once for every combination of constant offsets that optional headers lead to; from
     /// here on it walks it once for all of them.

@@ -164,16 +164,26 @@ pub fn examine<P: Packet, W: Watch>(packet: &P, watch: &W) -> Examined<W::Port> 
     let finding = || {
         let outer = Outer::read(packet, at)?;
         let policy = watch.policy(port, outer.vni, at.is_ipv6);
-        let answer = match by_outer(packet, &outer) {
-            Some(answer) => answer,
-            None => by_inner(packet, &outer, policy)?,
-        };
-        Ok(explain(packet, watch, &outer, policy, answer))
+        judge(packet, watch, &outer, policy)
     };
     match finding() {
         Ok(finding) => Examined::Vxlan(finding, port),
         Err(Cut) => Examined::Cut(Beyond::Vxlan),
     }
+}
+
+/// The same for a packet whose outer headers are known, and with them what its sender sends.
+pub fn judge<P: Packet, W: Watch>(
+    packet: &P,
+    watch: &W,
+    outer: &Outer,
+    policy: Policy,
+) -> Result<Finding, Cut> {
+    let answer = match by_outer(packet, outer) {
+        Some(answer) => answer,
+        None => by_inner(packet, outer, policy)?,
+    };
+    Ok(explain(packet, watch, outer, policy, answer))
 }
 
 /// What a checksum field was found to be.

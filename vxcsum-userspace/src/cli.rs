@@ -10,6 +10,7 @@ use vxcsum_common::layout::{FixMode, MAX_PORTS};
 use vxcsum_common::{Policy, Verdict};
 
 use crate::attach::Method;
+use crate::check;
 use crate::config::{Config, ConfigError};
 use crate::event::Direction;
 use crate::plan::{UnusablePorts, Wish};
@@ -41,6 +42,9 @@ pub enum Command {
     Status(StatusArgs),
     /// Switch the fix mode of the running daemon (root only)
     Fix(FixArgs),
+    /// Judge the packets of capture files, or of a capture on standard input
+    #[command(after_help = check::args::HELP)]
+    Check(check::args::CheckArgs),
 }
 
 /// Where the daemon is.

@@ -183,9 +183,8 @@ impl Source {
         };
         let (at, ()) = outer::locate(&packet, &AnyPort).ok()??;
         let outer = Outer::read(&packet, at).ok()?;
-        let (src, dst) = addresses(&packet, at.ip, at.is_ipv6).ok()?;
         let device = self.plan.device_name(outer.destination_port, outer.vni);
-        let inner = InnerView::read(&packet, &outer).unwrap_or_else(|Cut| InnerView::cut());
+        let inner = InnerView::of(&packet, &outer);
         let ends = inner.src.zip(inner.dst).map(|(src, dst)| [src, dst]);
         let trace = Trace::read(&raw, &packet, &outer, ends);
         Some(Event {
@@ -199,14 +198,7 @@ impl Source {
             check: Hex::U16(raw.check),
             expected: (raw.expected != 0).then_some(Hex::U16(raw.expected)),
             expected_from: None,
-            outer: OuterView {
-                src,
-                dst,
-                sport: outer.source_port,
-                dport: outer.destination_port,
-                sport_before_nat: (raw.source_port_before_nat != 0)
-                    .then_some(raw.source_port_before_nat),
-            },
+            outer: OuterView::read(&packet, &outer, raw.source_port_before_nat).ok()?,
             inner,
             mark: Hex::U32(raw.mark),
             segments: raw.segments,
@@ -253,8 +245,31 @@ impl Event {
     }
 }
 
+impl OuterView {
+    /// Of a packet with these outer headers. The port from before NAT is 0 where it is not known.
+    pub(crate) fn read(
+        packet: &Captured<'_>,
+        outer: &Outer,
+        source_port_before_nat: u16,
+    ) -> Result<Self, Cut> {
+        let (src, dst) = addresses(packet, outer.at.ip, outer.at.is_ipv6)?;
+        Ok(Self {
+            src,
+            dst,
+            sport: outer.source_port,
+            dport: outer.destination_port,
+            sport_before_nat: (source_port_before_nat != 0).then_some(source_port_before_nat),
+        })
+    }
+}
+
 impl InnerView {
-    pub(crate) fn read(packet: &Captured<'_>, outer: &Outer) -> Result<Self, Cut> {
+    /// Of a packet with these outer headers, as far as it can be read.
+    pub(crate) fn of(packet: &Captured<'_>, outer: &Outer) -> Self {
+        Self::read(packet, outer).unwrap_or_else(|Cut| Self::cut())
+    }
+
+    fn read(packet: &Captured<'_>, outer: &Outer) -> Result<Self, Cut> {
         let Some(ip) = inner::parse(packet, outer)?.ip else {
             let (ethertype, _) = outer::ethertype(packet, outer.inner())?;
             let proto = match ethertype {
@@ -363,16 +378,7 @@ impl Display for Event {
             Some(vni) => write!(f, " {device} vni {vni}  ")?,
             None => write!(f, " {device} vni unknown  ")?,
         }
-        write!(
-            f,
-            "{} > {}",
-            endpoint(self.outer.src, self.outer.sport),
-            endpoint(self.outer.dst, self.outer.dport)
-        )?;
-        if let Some(port) = self.outer.sport_before_nat {
-            write!(f, " (port {port} before NAT)")?;
-        }
-        write!(f, "  check {}", self.check)?;
+        write!(f, "{}  check {}", self.outer, self.check)?;
         match (self.verdict, self.expected) {
             (Verdict::MangledZero, _) => write!(f, ", the device sends none")?,
             (_, Some(expected)) => write!(f, ", expected {expected}")?,
@@ -391,6 +397,16 @@ impl Display for Event {
         match self.action {
             Action::None => Ok(()),
             action => write!(f, "  {}", action.as_str()),
+        }
+    }
+}
+
+impl Display for OuterView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} > {}", endpoint(self.src, self.sport), endpoint(self.dst, self.dport))?;
+        match self.sport_before_nat {
+            Some(port) => write!(f, " (port {port} before NAT)"),
+            None => Ok(()),
         }
     }
 }

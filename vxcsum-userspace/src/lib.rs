@@ -3,6 +3,7 @@
 pub mod attach;
 mod btf;
 pub mod changes;
+pub mod check;
 pub mod cli;
 pub mod client;
 pub mod config;

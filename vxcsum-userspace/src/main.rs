@@ -5,14 +5,14 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use vxcsum::cli::{Cli, Command};
-use vxcsum::{client, logging, run};
+use vxcsum::{check, client, logging, run};
 
 /// Wrong usage, or it cannot run.
 const CANNOT_RUN: u8 = 2;
 
 fn main() -> ExitCode {
     match execute(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("vxcsum: {error:#}");
             ExitCode::from(CANNOT_RUN)
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn execute(cli: Cli) -> Result<()> {
+fn execute(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Run(args) => {
             let (options, path) = args.options()?;
@@ -29,19 +29,21 @@ fn execute(cli: Cli) -> Result<()> {
                     Some(path) => println!("{}: all well", path.display()),
                     None => println!("there is no configuration file: all well"),
                 }
-                return Ok(());
+                return Ok(ExitCode::SUCCESS);
             }
             logging::start(options.log_format);
             tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
                 .context("cannot start the event loop")?
-                .block_on(run::run(options, || args.options().map(|(options, _)| options)))
+                .block_on(run::run(options, || args.options().map(|(options, _)| options)))?;
         }
         Command::Tail(args) => {
-            client::tail(&args.socket.socket, args.filter(), args.limit, args.json)
+            client::tail(&args.socket.socket, args.filter(), args.limit, args.json)?;
         }
-        Command::Status(args) => client::status(&args.socket.socket, args.json),
-        Command::Fix(args) => client::fix(&args.socket.socket, args.mode()),
+        Command::Status(args) => client::status(&args.socket.socket, args.json)?,
+        Command::Fix(args) => client::fix(&args.socket.socket, args.mode())?,
+        Command::Check(args) => return check::run(&args),
     }
+    Ok(ExitCode::SUCCESS)
 }

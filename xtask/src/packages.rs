@@ -69,6 +69,34 @@ pub(crate) const TOOLS: &[Tool] = &[
         why: "knows the source port before NAT",
         goals: LAB,
     },
+    Tool {
+        binary: "tshark",
+        debian: "tshark",
+        fedora: "wireshark-cli",
+        why: "adds up the checksums of captures as Wireshark does",
+        goals: &[Goal::Test],
+    },
+    Tool {
+        binary: "editcap",
+        debian: "wireshark-common",
+        fedora: "wireshark-cli",
+        why: "turns captures into other formats",
+        goals: &[Goal::Test],
+    },
+    Tool {
+        binary: "zstd",
+        debian: "zstd",
+        fedora: "zstd",
+        why: "compresses captures",
+        goals: &[Goal::Test],
+    },
+    Tool {
+        binary: "gzip",
+        debian: "gzip",
+        fedora: "gzip",
+        why: "compresses captures",
+        goals: &[Goal::Test],
+    },
 ];
 
 /// The tools for these goals that are not installed.

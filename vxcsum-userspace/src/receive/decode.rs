@@ -58,7 +58,7 @@ pub(super) fn decode(plan: &Plan, record: &[u8]) -> Option<Event> {
             sport_before_nat: judged.source_port_before_nat,
         },
         inner: match &outer {
-            Some(outer) => InnerView::read(&packet, outer).unwrap_or_else(|Cut| InnerView::cut()),
+            Some(outer) => InnerView::of(&packet, outer),
             None => InnerView::cut(),
         },
         mark: Hex::U32(dropped.mark),
