@@ -11,6 +11,7 @@ pub mod links;
 pub mod logging;
 pub mod metrics;
 pub mod names;
+pub mod netfilter;
 pub mod plan;
 pub mod privileges;
 pub mod program;
