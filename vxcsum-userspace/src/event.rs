@@ -12,6 +12,7 @@ use vxcsum_common::outer::{self, Outer, TCP, UDP};
 use vxcsum_common::verdict::Watch;
 use vxcsum_common::{Captured, Cut, Device, Packet as _, Policy, Proof, Verdict, inner};
 
+use crate::cause::Cause;
 use crate::names;
 use crate::plan::Plan;
 
@@ -53,32 +54,50 @@ pub struct Event {
     /// What proves NAT.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proof: Option<String>,
+    /// What led to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<Cause>,
+    /// The interface that the packet left by as rules see it, where that is known.
+    #[serde(skip)]
+    pub out_interface: Option<String>,
 }
 
 /// Outer addresses and ports.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct OuterView {
-    src: IpAddr,
+    /// Source address.
+    pub src: IpAddr,
     /// The node that it goes to.
     pub dst: IpAddr,
-    sport: u16,
-    dport: u16,
+    /// Source port.
+    pub sport: u16,
+    /// Destination port.
+    pub dport: u16,
+    /// Source address before NAT, where that rewrote it and it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub src_before_nat: Option<IpAddr>,
+    /// Source port before NAT, where that is known.
     #[serde(skip_serializing_if = "Option::is_none")]
-    sport_before_nat: Option<u16>,
+    pub sport_before_nat: Option<u16>,
 }
 
 /// Inner addresses and ports, as far as the inner packet has them.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct InnerView {
+    /// Source address.
     #[serde(skip_serializing_if = "Option::is_none")]
-    src: Option<IpAddr>,
+    pub src: Option<IpAddr>,
+    /// Destination address.
     #[serde(skip_serializing_if = "Option::is_none")]
-    dst: Option<IpAddr>,
-    proto: String,
+    pub dst: Option<IpAddr>,
+    /// `tcp`, `udp`, `icmp`, `arp`, …
+    pub proto: String,
+    /// Source port.
     #[serde(skip_serializing_if = "Option::is_none")]
-    sport: Option<u16>,
+    pub sport: Option<u16>,
+    /// Destination port.
     #[serde(skip_serializing_if = "Option::is_none")]
-    dport: Option<u16>,
+    pub dport: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tcp_flags: Option<String>,
 }
@@ -90,6 +109,16 @@ pub enum Hex {
     U16(u16),
     /// A mark.
     U32(u32),
+}
+
+impl Hex {
+    /// The number.
+    pub const fn value(self) -> u32 {
+        match self {
+            Self::U16(value) => value as u32,
+            Self::U32(value) => value,
+        }
+    }
 }
 
 impl Display for Hex {
@@ -163,11 +192,16 @@ impl Source {
         let (at, ()) = outer::locate(&packet, &AnyPort).ok()??;
         let outer = Outer::read(&packet, at).ok()?;
         let (src, dst) = addresses(&packet, at.ip, at.is_ipv6).ok()?;
-        let device = self.plan.device_name(outer.destination_port, outer.vni);
+        let (port, vni) = (outer.destination_port, outer.vni);
+        let proof = Proof::from_u8(raw.proof);
+        let src_before_nat = match proof {
+            Proof::FlowHashAndAddress => self.plan.local_address(port, vni, at.is_ipv6),
+            _ => None,
+        };
         Some(Event {
             time: wall_clock(raw.boot_ns),
             interface: self.interface.clone(),
-            device: device.map(str::to_owned),
+            device: self.plan.device_name(port, vni).map(str::to_owned),
             vni: outer.vni,
             verdict: Verdict::from_u8(raw.verdict)?,
             action: Action::from_u8(raw.action)?,
@@ -177,7 +211,8 @@ impl Source {
                 src,
                 dst,
                 sport: outer.source_port,
-                dport: outer.destination_port,
+                dport: port,
+                src_before_nat,
                 sport_before_nat: (raw.source_port_before_nat != 0)
                     .then_some(raw.source_port_before_nat),
             },
@@ -192,7 +227,9 @@ impl Source {
                 3 => Some("partial".to_owned()),
                 _ => None,
             },
-            proof: Proof::from_u8(raw.proof).as_str().map(str::to_owned),
+            proof: proof.as_str().map(str::to_owned),
+            cause: None,
+            out_interface: self.plan.out_interface(port, vni).map(str::to_owned),
         })
     }
 }
@@ -315,7 +352,10 @@ impl Display for Event {
             endpoint(self.outer.dst, self.outer.dport)
         )?;
         if let Some(port) = self.outer.sport_before_nat {
-            write!(f, " (port {port} before NAT)")?;
+            match self.outer.src_before_nat {
+                Some(src) => write!(f, " ({} before NAT)", endpoint(src, port))?,
+                None => write!(f, " (port {port} before NAT)")?,
+            }
         }
         write!(f, "  check {}", self.check)?;
         match (self.verdict, self.expected) {

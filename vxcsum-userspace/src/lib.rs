@@ -1,7 +1,9 @@
 //! The parts of the `vxcsum` command, for its binary and for the workspace's tests.
 
+pub mod annotate;
 pub mod attach;
 mod btf;
+pub mod cause;
 pub mod changes;
 pub mod cli;
 pub mod client;

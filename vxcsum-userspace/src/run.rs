@@ -16,6 +16,8 @@ use tokio::sync::{broadcast, mpsc};
 use tokio::time::{MissedTickBehavior, interval};
 use vxcsum_common::layout::SkbLayout;
 
+use crate::annotate::annotate;
+use crate::cause::News;
 use crate::changes;
 use crate::cli::{LogFormat, UsageError};
 use crate::event::Event;
@@ -73,7 +75,9 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     let json = options.json;
     let printer = thread::spawn(move || print(printer_queue, json));
     let printing = (!options.quiet).then(|| to_printer.clone());
-    let distributor = tokio::spawn(distribute(recorded, printing, to_clients.clone()));
+    let (to_distributor, annotated) = mpsc::channel(QUEUE_LEN);
+    let annotator = tokio::spawn(annotate(recorded, to_distributor));
+    let distributor = tokio::spawn(distribute(annotated, printing, to_clients.clone()));
 
     // Subscribed before the first look, so that nothing falls between.
     let mut changes = changes::subscribe().context("cannot follow network devices")?;
@@ -120,6 +124,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     let fix = supervisor.fix();
     let summary = Summary::new(fix, supervisor.stop().await?);
     // The supervisor is gone, and with it the last sender of records.
+    annotator.await.context("cannot explain events")?;
     distributor.await.context("cannot distribute events")?;
     // Fails when nobody reads any more, which ends quietly.
     let _ = to_printer.send(Line::Summary(Box::new(summary))).await;
@@ -202,8 +207,9 @@ enum Line {
 /// reader that stops reading must not keep signals from being handled.
 fn print(mut queue: mpsc::Receiver<Line>, json: bool) -> io::Result<()> {
     let mut out = io::BufWriter::new(io::stdout().lock());
+    let mut news = News::default();
     while let Some(line) = queue.blocking_recv() {
-        let mut written = write_line(&mut out, &line, json);
+        let mut written = write_line(&mut out, &line, json, &mut news);
         if queue.is_empty() {
             written = written.and_then(|()| out.flush());
         }
@@ -215,10 +221,15 @@ fn print(mut queue: mpsc::Receiver<Line>, json: bool) -> io::Result<()> {
     Ok(())
 }
 
-fn write_line(out: &mut impl io::Write, line: &Line, json: bool) -> io::Result<()> {
+fn write_line(
+    out: &mut impl io::Write,
+    line: &Line,
+    json: bool,
+    news: &mut News,
+) -> io::Result<()> {
     match line {
         Line::Event(event) if json => write_json(out, event.as_ref()),
-        Line::Event(event) => writeln!(out, "{event}"),
+        Line::Event(event) => news.write(out, event),
         Line::Summary(summary) if json => write_json(out, &SummaryLine { summary }),
         Line::Summary(summary) => writeln!(out, "{summary}"),
     }

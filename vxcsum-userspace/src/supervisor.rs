@@ -401,9 +401,9 @@ impl log::Log for StderrLog {
     fn flush(&self) {}
 }
 
-/// Loading takes tens of megabytes for a moment (aya reads all types of the kernel). The allocator
-/// would keep them.
-fn give_back_memory() {
+/// Loading takes tens of megabytes for a moment (aya reads all types of the kernel), and so may
+/// reading rules. The allocator would keep them.
+pub(crate) fn give_back_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: may be called at any time; it only returns what is not in use.
     unsafe {

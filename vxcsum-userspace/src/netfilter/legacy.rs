@@ -1,8 +1,8 @@
 //! The tables of `x_tables`, asked of the kernel itself.
 //!
-//! `iptables-legacy-save` does the same over a raw socket, which takes CAP_NET_RAW. Any other
-//! socket of the family will do (`nf_getsockopt` in net/netfilter/nf_sockopt.c), and then
-//! CAP_NET_ADMIN is enough (`do_ipt_get_ctl` in net/ipv4/netfilter/ip_tables.c). What comes is
+//! `iptables-legacy-save` does the same over a raw socket, which takes `CAP_NET_RAW`. Any other
+//! socket of the family will do (`nf_getsockopt`, net/netfilter/nf_sockopt.c), and then
+//! `CAP_NET_ADMIN` is enough (`do_ipt_get_ctl`, net/ipv4/netfilter/ip_tables.c). What comes is
 //! written down as `iptables-save -c` would, so that there is one reader of rules. Layouts are those
 //! of include/uapi/linux/netfilter*/.
 
@@ -365,8 +365,8 @@ fn known_match(text: &mut String, it: &Extension<'_>) -> Option<()> {
             let _ = write!(text, " --comment \"{comment}\"");
         }
         ("mark", 1) => {
-            let (mark, mask) = (u32_at(data, 0)?, u32_at(data, 4)?);
-            let _ = write!(text, "{} --mark {mark:#x}/{mask:#x}", not(*data.get(8)? != 0));
+            let (value, mask) = (u32_at(data, 0)?, u32_at(data, 4)?);
+            let _ = write!(text, "{} --mark {value:#x}/{mask:#x}", not(*data.get(8)? != 0));
         }
         ("udp", 0) => write_ports(text, data, *data.get(8)?)?,
         ("tcp", 0) => {
@@ -479,8 +479,8 @@ fn known_target(text: &mut String, it: &Extension<'_>, family: Family) -> Option
     let data = it.data;
     match (it.name.as_str(), it.revision) {
         ("MARK", 2) => {
-            let (mark, mask) = (u32_at(data, 0)?, u32_at(data, 4)?);
-            let _ = write!(text, " --set-xmark {mark:#x}/{mask:#x}");
+            let (value, mask) = (u32_at(data, 0)?, u32_at(data, 4)?);
+            let _ = write!(text, " --set-xmark {value:#x}/{mask:#x}");
         }
         // `struct xt_connmark_tginfo1`: the mode restore is 2.
         ("CONNMARK", 1 | 2) => {

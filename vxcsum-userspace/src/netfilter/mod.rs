@@ -340,7 +340,7 @@ impl Ruleset {
             .filter(|(_, chain)| chain.family.sees(is_ipv6))
             .filter_map(|(index, chain)| {
                 let base = chain.base.filter(|base| base.hook == hook)?;
-                // All of NAT runs as one, at the core's own place (`nf_nat_register_fn` in
+                // All of NAT runs as one, at the core's own place (`nf_nat_register_fn`,
                 // net/netfilter/nf_nat_core.c), and by priority there.
                 let place = if base.is_nat { nat_priority(hook) } else { base.priority };
                 Some((place, base.is_nat, base.priority, index))
@@ -349,6 +349,20 @@ impl Ruleset {
         // The younger one of equals first, as far as that is known.
         found.sort_by_key(|&(place, is_nat, own, index)| (place, is_nat, own, usize::MAX - index));
         found.into_iter().map(|(.., index)| index).collect()
+    }
+
+    /// Whether any rule asks for the port that a packet comes from, or rewrites it within a range.
+    pub fn looks_at_source_ports(&self) -> bool {
+        self.chains.iter().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.steps).any(|step| {
+            let is_about_port =
+                |test: &Test| matches!(test.of, Property::SourcePort(_) | Property::AnyPort(_));
+            match step {
+                Step::Test(test) => is_about_port(test),
+                Step::Map(map) => map.iter().flat_map(|(tests, _)| tests).any(is_about_port),
+                Step::Nat(nat) => nat.ports.is_some(),
+                _ => false,
+            }
+        })
     }
 
     /// The rule at a place.
@@ -417,7 +431,7 @@ impl Ruleset {
     }
 }
 
-/// The priority at which the core of NAT runs (`nf_nat_ipv4_ops` in net/netfilter/nf_nat_proto.c).
+/// The priority at which the core of NAT runs (`nf_nat_ipv4_ops`, net/netfilter/nf_nat_proto.c).
 const fn nat_priority(hook: Hook) -> i32 {
     match hook {
         Hook::Prerouting | Hook::Output => -100,

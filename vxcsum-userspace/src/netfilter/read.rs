@@ -1,14 +1,14 @@
 //! Reading everything that there is.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use nix::ifaddrs::getifaddrs;
 
 use super::{Backend, Chain, Family, Ruleset, legacy, nft, process, save};
 
-/// Reads the rules of this network namespace, and changes nothing there. It takes CAP_NET_ADMIN, and
+/// Reads the rules of this network namespace, and changes nothing there. It takes `CAP_NET_ADMIN`, and
 /// `nft` and `iptables-nft-save` for the rules of `nf_tables`; what cannot be read is named in
 /// [`Ruleset::unread`]. Takes seconds where there are tens of thousands of rules: not for a thread
 /// that others wait for.
@@ -65,7 +65,7 @@ fn read_nf_tables(all: &mut Vec<Chain>, unread: &mut Vec<String>) {
         });
         match saved {
             Ok(text) => {
-                replace_tables(&mut chains, save::parse(&text, Backend::IptablesNft, family))
+                replace_tables(&mut chains, save::parse(&text, Backend::IptablesNft, family));
             }
             // Without it the extensions of iptables are only known by name.
             Err(error) => unread.push(format!("{what}: {error}")),
@@ -96,8 +96,8 @@ fn local_addresses() -> Vec<(String, IpAddr)> {
     let address = |it: nix::ifaddrs::InterfaceAddress| {
         let address = it.address?;
         let ip = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
-            (Some(ipv4), _) => IpAddr::from(Ipv4Addr::from(ipv4.ip())),
-            (None, Some(ipv6)) => IpAddr::from(Ipv6Addr::from(ipv6.ip())),
+            (Some(ipv4), _) => IpAddr::from(ipv4.ip()),
+            (None, Some(ipv6)) => IpAddr::from(ipv6.ip()),
             (None, None) => return None,
         };
         Some((it.interface_name, ip))

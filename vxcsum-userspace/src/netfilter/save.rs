@@ -203,18 +203,13 @@ impl Parser<'_> {
             ("addrtype", "--limit-iface-out") => return,
             _ => None,
         };
-        match property {
-            Some(property) => self.test(is_negated, property),
-            None => {
-                let text = if module.is_empty() {
-                    option.to_owned()
-                } else {
-                    format!("-m {module} {option}")
-                };
-                self.test(false, unknown(&text));
-                self.skip_values();
-            }
+        if let Some(property) = property {
+            self.test(is_negated, property);
+            return;
         }
+        let by = if module.is_empty() { String::new() } else { format!("-m {module} ") };
+        self.test(false, unknown(&format!("{by}{option}")));
+        self.skip_values();
     }
 
     /// The value of an option, unless it is not understood: then it is left in place.
@@ -332,7 +327,7 @@ fn ports(text: &str) -> Option<Vec<(u16, u16)>> {
     text.split(',').map(range).collect()
 }
 
-/// Every form that iptables writes or takes (`mark_tg_help` in libxt_MARK.c).
+/// Every form that iptables writes or takes (`mark_tg_help`, extensions/libxt_MARK.c).
 fn set_mark<'a>(option: impl Fn(&str) -> Option<&'a str>) -> Step {
     let read = || {
         if let Some(text) = option("--set-xmark") {

@@ -47,7 +47,7 @@ fn from_nft(json: &str) -> Ruleset {
 }
 
 fn address(text: &str) -> Option<IpAddr> {
-    Some(text.parse().unwrap())
+    text.parse().ok()
 }
 
 fn tunnel_packet(mark: u32) -> Packet {

@@ -48,6 +48,8 @@ pub struct Met {
     pub is_match: bool,
     /// It matches, and nothing before it may have ended the way of the packet.
     pub is_certain: bool,
+    /// Its number among all rules that the packet meets: lower comes first.
+    pub order: u32,
 }
 
 impl Met {
@@ -119,7 +121,7 @@ pub fn walk(
 
 /// Most rules that a packet is followed through: maps and doubts may lead to the same chain often.
 const MAX_RULES: u32 = 400_000;
-/// Deepest nesting of chains; nf_tables allows 16 (`NFT_JUMP_STACK_SIZE`).
+/// Deepest nesting of chains; nftables allows 16 (`NFT_JUMP_STACK_SIZE`).
 const MAX_DEPTH: usize = 64;
 
 /// Whether something is so.
@@ -256,7 +258,12 @@ impl Walk<'_> {
         for step in &rule.steps {
             let met = |walk: &Self| {
                 let is_match = matches == Truth::Yes && walk.maybes == 0;
-                Met { path: walk.path.clone(), is_match, is_certain: is_match && !in_doubt }
+                Met {
+                    path: walk.path.clone(),
+                    is_match,
+                    is_certain: is_match && !in_doubt,
+                    order: MAX_RULES - walk.budget,
+                }
             };
             match step {
                 Step::Test(test) => {
