@@ -152,16 +152,11 @@ impl Parser<'_> {
         }
     }
 
-    /// Some modules stand for nothing, and some are not understood as a whole.
+    /// What is not understood as a whole may match.
     fn module_without_options(&mut self, module: &str) {
-        match module {
-            // Their options are read one by one.
-            "comment" | "mark" | "tcp" | "udp" | "multiport" | "conntrack" | "state"
-            | "addrtype" => {}
-            other => {
-                self.test(false, unknown(&format!("-m {other}")));
-                self.skip_values();
-            }
+        if !is_understood(module) {
+            self.test(false, unknown(&format!("-m {module}")));
+            self.skip_values();
         }
     }
 
@@ -174,6 +169,11 @@ impl Parser<'_> {
 
     fn option(&mut self, module: &str, option: &str, is_negated: bool) {
         let property = match (module, option) {
+            // All of it is one thing that is not understood, and said to be.
+            (module, _) if !module.is_empty() && !is_understood(module) => {
+                self.skip_values();
+                return;
+            }
             ("comment", "--comment") => {
                 self.at += 1;
                 return;
@@ -266,6 +266,14 @@ impl Parser<'_> {
         };
         self.steps.push(step);
     }
+}
+
+/// Modules whose options are read one by one.
+fn is_understood(module: &str) -> bool {
+    matches!(
+        module,
+        "comment" | "mark" | "tcp" | "udp" | "multiport" | "conntrack" | "state" | "addrtype"
+    )
 }
 
 fn unknown(text: &str) -> Property {
