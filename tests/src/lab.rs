@@ -10,6 +10,7 @@
 //! verified: bad sums, no drop. So offload is off, unless [`LabConfig::nic_offload`] asks for it;
 //! then a switch is put between, whose ports close the sums as the hardware of a NIC would.
 
+use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::Command;
 
@@ -407,13 +408,11 @@ impl Lab {
                 self.restore_tables(restore, "*nat\nCOMMIT\n")?;
             }
         }
-        let tables = [format!("inet {NFT_TABLE}")].into_iter().chain(
-            ["ip", "ip6"]
-                .into_iter()
-                .flat_map(|family| ["kube-proxy", "cni"].map(|table| format!("{family} {table}"))),
-        );
-        let clear: String =
-            tables.map(|table| format!("table {table}\ndelete table {table}\n")).collect();
+        let mut clear = String::new();
+        let lab = format!("inet {NFT_TABLE}");
+        for table in [&lab, "ip kube-proxy", "ip cni", "ip6 kube-proxy", "ip6 cni"] {
+            let _ = write!(clear, "table {table}\ndelete table {table}\n");
+        }
         self.nft(&clear)?;
         self.a.run("conntrack -F").map(drop)
     }

@@ -120,9 +120,10 @@ impl Rules {
         let result = (&mut reading.result).await;
         if let Some(Reading { began, time, .. }) = self.reading.take() {
             self.stale = Instant::now() + FRESH.max(began.elapsed() * MAX_SHARE);
-            match result {
-                Ok(rules) => self.explainer = Some(Explainer::new(rules, time)),
-                Err(_) => tracing::warn!("reading rules failed"),
+            if let Ok(rules) = result {
+                self.explainer = Some(Explainer::new(rules, time));
+            } else {
+                tracing::warn!("reading rules failed");
             }
             give_back_memory();
         }

@@ -1,8 +1,8 @@
 //! The tables of `x_tables`, asked of the kernel itself.
 //!
 //! `iptables-legacy-save` does the same over a raw socket, which takes `CAP_NET_RAW`. Any other
-//! socket of the family will do (`nf_getsockopt`, net/netfilter/nf_sockopt.c), and then
-//! `CAP_NET_ADMIN` is enough (`do_ipt_get_ctl`, net/ipv4/netfilter/ip_tables.c). What comes is
+//! socket of the family will do (`nf_getsockopt` in `net/netfilter/nf_sockopt.c`), and then
+//! `CAP_NET_ADMIN` is enough (`do_ipt_get_ctl` in `net/ipv4/netfilter/ip_tables.c`). What comes is
 //! written down as `iptables-save -c` would, so that there is one reader of rules. Layouts are those
 //! of include/uapi/linux/netfilter*/.
 
@@ -662,9 +662,9 @@ mod tests {
         for round in 0..50_000 {
             let mut bytes = good.clone();
             if round % 4 == 0 {
-                bytes.iter_mut().for_each(|byte| *byte = random(&mut state) as u8);
+                bytes.fill_with(|| random(&mut state) as u8);
             } else {
-                for _ in 0..1 + round % 5 {
+                for _ in 0..=round % 5 {
                     let at = random(&mut state) as usize % bytes.len();
                     bytes[at] = random(&mut state) as u8;
                 }

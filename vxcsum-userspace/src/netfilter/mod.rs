@@ -431,7 +431,7 @@ impl Ruleset {
     }
 }
 
-/// The priority at which the core of NAT runs (`nf_nat_ipv4_ops`, net/netfilter/nf_nat_proto.c).
+/// The priority at which the core of NAT runs (`nf_nat_ipv4_ops` in `nf_nat_proto.c`).
 const fn nat_priority(hook: Hook) -> i32 {
     match hook {
         Hook::Prerouting | Hook::Output => -100,

@@ -1,14 +1,15 @@
-//! Rules as `nft -j list ruleset` shows them (libnftables-json(5)).
+//! Rules as `nft -j list` shows them (libnftables-json(5)).
 //!
 //! What a rule says is taken apart by hand: a schema that has to know every statement would refuse a
 //! whole ruleset for one rule that is newer than itself.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::save::protocol;
@@ -20,19 +21,24 @@ use super::{
 const MAX_SET_LEN: usize = 1 << 16;
 
 #[derive(Deserialize)]
-struct Listing {
-    nftables: Vec<Object>,
-}
-
-#[derive(Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Object {
+    Table(RawTable),
     Chain(RawChain),
     Rule(RawRule),
     Set(RawSet),
     Map(RawSet),
     #[serde(untagged)]
-    Other(serde::de::IgnoredAny),
+    Other(IgnoredAny),
+}
+
+/// A table by name.
+#[derive(Debug, Deserialize, PartialEq, Eq)]
+pub(super) struct RawTable {
+    /// `ip`, `ip6`, `inet` or one that sees no tunnel packets.
+    pub(super) family: String,
+    /// Its name.
+    pub(super) name: String,
 }
 
 #[derive(Deserialize)]
@@ -64,53 +70,135 @@ struct RawSet {
     elem: Vec<Value>,
 }
 
-/// Reads what `nft -j list ruleset` has written. Tables of other families (bridge, arp, netdev) see
-/// no tunnel packets and are left out.
+/// Reads what `nft -j list tables` has written, without tables of families that see no tunnel
+/// packets (bridge, arp, netdev).
+pub(super) fn parse_tables(json: &[u8]) -> Result<Vec<RawTable>, serde_json::Error> {
+    let mut tables = Vec::new();
+    each_object(json, |object| {
+        if let Object::Table(table) = object {
+            tables.push(table);
+        }
+    })?;
+    tables.retain(|table| family(&table.family).is_some());
+    Ok(tables)
+}
+
+/// Reads what `nft -j list ruleset` or `nft -j list table` has written.
 pub(super) fn parse(json: &[u8]) -> Result<Vec<Chain>, serde_json::Error> {
-    let listing: Listing = serde_json::from_slice(json)?;
-    let mut chains = Vec::new();
-    let mut rules = Vec::new();
-    let mut sets = Sets::default();
-    for object in listing.nftables {
-        match object {
-            Object::Chain(chain) => chains.extend(chain.read()),
-            Object::Rule(rule) => rules.push(rule),
-            Object::Set(set) | Object::Map(set) => {
-                // Without elements it would match nothing, which is more than we know.
-                if set.elem.len() <= MAX_SET_LEN {
-                    sets.0.insert((set.family, set.table, set.name), set.elem);
-                }
-            }
-            Object::Other(_) => {}
-        }
-    }
+    let mut chains: Vec<Chain> = Vec::new();
     let mut index: HashMap<(Family, String, String), usize> = HashMap::new();
-    for (at, chain) in chains.iter().enumerate() {
-        index.insert((chain.family, chain.table.to_string(), chain.name.to_string()), at);
-    }
-    for rule in rules {
-        let Some(family) = family(&rule.family) else { continue };
-        let read = rule.read(&sets);
-        if let Some(&at) = index.get(&(family, rule.table, rule.chain)) {
-            chains[at].rules.push(read);
+    let mut sets = Sets::default();
+    // Rules come after what they name.
+    each_object(json, |object| match object {
+        Object::Chain(chain) => {
+            if let Some(chain) = chain.read() {
+                let key = (chain.family, chain.table.to_string(), chain.name.to_string());
+                index.insert(key, chains.len());
+                chains.push(chain);
+            }
         }
-    }
+        Object::Rule(rule) => {
+            let Some(family) = family(&rule.family) else { return };
+            let read = rule.read(&sets);
+            if let Some(&at) = index.get(&(family, rule.table, rule.chain)) {
+                chains[at].rules.push(read);
+            }
+        }
+        Object::Set(set) | Object::Map(set) => {
+            // Without elements it would match nothing, which is more than we know.
+            if set.elem.len() <= MAX_SET_LEN {
+                sets.0.insert((set.family, set.table, set.name), set.elem);
+            }
+        }
+        Object::Table(_) | Object::Other(_) => {}
+    })?;
     for chain in &mut chains {
         chain.backend = backend(chain);
     }
     Ok(chains)
 }
 
+/// Takes one object after another. All of them at once would take a hundred times the memory of
+/// the rules.
+fn each_object(json: &[u8], take: impl FnMut(Object)) -> Result<(), serde_json::Error> {
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    Listing(take).deserialize(&mut deserializer)?;
+    deserializer.end()
+}
+
+/// `{"nftables": [object, …]}`
+struct Listing<Take>(Take);
+
+impl<'de, Take: FnMut(Object)> DeserializeSeed<'de> for Listing<Take> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de, Take: FnMut(Object)> Visitor<'de> for Listing<Take> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("what nft -j lists")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+        let mut is_found = false;
+        while let Some(key) = map.next_key::<String>()? {
+            if key == "nftables" {
+                is_found = true;
+                map.next_value_seed(Objects(&mut self.0))?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        if is_found { Ok(()) } else { Err(A::Error::missing_field("nftables")) }
+    }
+}
+
+struct Objects<'a, Take>(&'a mut Take);
+
+impl<'de, Take: FnMut(Object)> DeserializeSeed<'de> for Objects<'_, Take> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de, Take: FnMut(Object)> Visitor<'de> for Objects<'_, Take> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of tables, chains and rules")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        while let Some(object) = list.next_element()? {
+            (self.0)(object);
+        }
+        Ok(())
+    }
+}
+
+/// Whether a table is one of those that iptables makes, by its name.
+pub(super) fn may_be_of_iptables(table: &RawTable) -> bool {
+    matches!(table.family.as_str(), "ip" | "ip6") && TABLES.contains(&table.name.as_str())
+}
+
+const TABLES: [&str; 5] = ["raw", "mangle", "nat", "filter", "security"];
+
 /// Tables that iptables made look like its own: family, names, and chains in capitals.
 fn backend(chain: &Chain) -> Backend {
-    const TABLES: [&str; 5] = ["raw", "mangle", "nat", "filter", "security"];
     let is_own = chain.family != Family::Inet
         && TABLES.contains(&&*chain.table)
         && (chain.base.is_none() || chain.name.bytes().all(|byte| byte.is_ascii_uppercase()));
     if is_own { Backend::IptablesNft } else { Backend::Nft }
 }
 
-fn family(name: &str) -> Option<Family> {
+pub(super) fn family(name: &str) -> Option<Family> {
     Some(match name {
         "ip" => Family::Ipv4,
         "ip6" => Family::Ipv6,

@@ -3,17 +3,16 @@
 use std::io;
 use std::os::fd::AsFd as _;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// Longer than any tool takes for a ruleset that a node can bear.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Most that is taken from a program, in bytes: 20,000 rules make some 10 MiB.
 const MAX_LEN: usize = 64 << 20;
 
-/// Runs a program to its end and returns what it has printed, or why there is nothing.
-pub(super) fn output(program: &str, args: &[&str]) -> Result<Vec<u8>, String> {
+/// Runs a program to its end, which has to come before `deadline`, and returns what it has printed,
+/// or why there is nothing.
+pub(super) fn output(program: &str, args: &[&str], deadline: Instant) -> Result<Vec<u8>, String> {
     let mut command = Command::new(program);
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // Nothing of the environment changes what it says, but where programs are.
@@ -22,7 +21,7 @@ pub(super) fn output(program: &str, args: &[&str]) -> Result<Vec<u8>, String> {
         io::ErrorKind::NotFound => format!("{program} is not installed"),
         _ => format!("cannot run {program}: {error}"),
     })?;
-    let outcome = collect(&mut child);
+    let outcome = collect(&mut child, deadline);
     if outcome.is_err() {
         // Fails where it has ended by itself.
         let _ = child.kill();
@@ -41,15 +40,14 @@ fn complaint(program: &str, status: ExitStatus, stderr: &[u8]) -> String {
     }
 }
 
-fn collect(child: &mut Child) -> io::Result<(Vec<u8>, Vec<u8>)> {
-    let deadline = Instant::now() + PATIENCE;
+fn collect(child: &mut Child, deadline: Instant) -> io::Result<(Vec<u8>, Vec<u8>)> {
     let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
     let (mut printed, mut complained) = (Vec::new(), Vec::new());
     let mut buffer = vec![0; 64 << 10];
     while stdout.is_some() || stderr.is_some() {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(io::Error::other(format!("no answer within {} s", PATIENCE.as_secs())));
+            return Err(io::Error::other("it takes too long"));
         }
         // Either may be over before the other.
         let mut ends = Vec::with_capacity(2);

@@ -1,12 +1,16 @@
 //! Reading everything that there is.
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::ifaddrs::getifaddrs;
 
+use super::nft::RawTable;
 use super::{Backend, Chain, Family, Ruleset, legacy, nft, process, save};
+
+/// For all that is asked of other programs together: longer than they take for rules that a node
+/// can bear.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Reads the rules of this network namespace, and changes nothing there. It takes `CAP_NET_ADMIN`, and
 /// `nft` and `iptables-nft-save` for the rules of `nf_tables`; what cannot be read is named in
@@ -40,54 +44,56 @@ fn read_legacy(family: Family, chains: &mut Vec<Chain>, unread: &mut Vec<String>
     }
 }
 
-fn read_nf_tables(all: &mut Vec<Chain>, unread: &mut Vec<String>) {
-    let listed = process::output("nft", &["-j", "list", "ruleset"])
-        .and_then(|json| nft::parse(&json).map_err(|error| format!("nft: {error}")));
-    let (mut chains, is_listed) = match listed {
-        Ok(chains) => (chains, true),
-        Err(error) => {
-            unread.push(format!("nftables: {error}"));
-            (Vec::new(), false)
-        }
-    };
-    for (family, program, what) in [
-        (Family::Ipv4, "iptables-nft-save", "iptables-nft"),
-        (Family::Ipv6, "ip6tables-nft-save", "ip6tables-nft"),
-    ] {
-        let is_own =
-            |chain: &Chain| chain.backend == Backend::IptablesNft && chain.family == family;
+/// Tables by name and then by family, the oldest first.
+///
+/// nft is asked only for what iptables does not know: of the extensions of iptables it shows no more
+/// than the names, and it takes a hundred times as much memory.
+fn read_nf_tables(chains: &mut Vec<Chain>, unread: &mut Vec<String>) {
+    let deadline = Instant::now() + PATIENCE;
+    let tables = process::output("nft", &["-j", "list", "tables"], deadline)
+        .and_then(|json| nft::parse_tables(&json).map_err(|error| format!("nft: {error}")));
+    let tables = tables.map_err(|error| unread.push(format!("nftables: {error}"))).ok();
+    let mut saved = Vec::new();
+    for (family, program) in
+        [(Family::Ipv4, "iptables-nft-save"), (Family::Ipv6, "ip6tables-nft-save")]
+    {
+        let may_be_own = |table: &RawTable| {
+            nft::may_be_of_iptables(table) && nft::family(&table.family) == Some(family)
+        };
         // It makes no tables that are not there, but there is no need to ask either.
-        if is_listed && !chains.iter().any(is_own) {
+        if tables.as_ref().is_some_and(|tables| !tables.iter().any(may_be_own)) {
             continue;
         }
-        let saved = process::output(program, &["-c"]).and_then(|text| {
+        let output = process::output(program, &["-c"], deadline).and_then(|text| {
             String::from_utf8(text).map_err(|error| format!("{program}: {error}"))
         });
-        match saved {
-            Ok(text) => {
-                replace_tables(&mut chains, save::parse(&text, Backend::IptablesNft, family));
-            }
-            // Without it the extensions of iptables are only known by name.
-            Err(error) => unread.push(format!("{what}: {error}")),
+        match output {
+            Ok(text) => saved.extend(save::parse(&text, Backend::IptablesNft, family)),
+            Err(error) => unread.push(format!("iptables on nf_tables: {error}")),
         }
     }
-    all.append(&mut chains);
-}
-
-/// Puts tables in place of others of the same name. Tables that iptables finds incompatible with
-/// itself are missing there, and stay as nft shows them.
-fn replace_tables(chains: &mut Vec<Chain>, by: Vec<Chain>) {
-    let key = |chain: &Chain| (chain.family, chain.table.clone());
-    let replaced: BTreeSet<Arc<str>> = by.iter().map(|chain| chain.table.clone()).collect();
-    let Some(family) = by.first().map(|chain| chain.family) else { return };
-    let is_replaced = |chain: &Chain| {
-        let (its_family, table) = key(chain);
-        its_family == family && replaced.contains(&table)
-    };
-    let at = chains.iter().position(is_replaced).unwrap_or(chains.len());
-    chains.retain(|chain| !is_replaced(chain));
-    // Where the first of them was: the order tells of age.
-    chains.splice(at..at, by);
+    for table in tables.into_iter().flatten() {
+        let family = nft::family(&table.family);
+        let is_its = |chain: &Chain| Some(chain.family) == family && *chain.table == *table.name;
+        // Tables that iptables finds incompatible with itself are missing there.
+        let (its, others): (Vec<_>, Vec<_>) = saved.into_iter().partition(is_its);
+        saved = others;
+        if !its.is_empty() {
+            chains.extend(its);
+            continue;
+        }
+        let args = ["-j", "list", "table", &table.family, &table.name];
+        let listed = process::output("nft", &args, deadline)
+            .and_then(|json| nft::parse(&json).map_err(|error| format!("nft: {error}")));
+        match listed {
+            Ok(listed) => chains.extend(listed),
+            Err(error) => {
+                unread.push(format!("nftables: table {} {}: {error}", table.family, table.name));
+            }
+        }
+    }
+    // Where nft could not be asked what there is.
+    chains.append(&mut saved);
 }
 
 /// The addresses of every interface. Without them, no rule can be told to be about this node.

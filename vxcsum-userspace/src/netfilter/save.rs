@@ -75,6 +75,7 @@ fn parse_rule(text: &str, packets: Option<u64>) -> Rule {
     let rest = words.get(parser.at..).unwrap_or_default();
     let action = rest.get(1..).unwrap_or_default().join(" ");
     parser.action();
+    parser.steps.shrink_to_fit();
     Rule { steps: parser.steps, packets, text: text.into(), action: action.into() }
 }
 
@@ -335,7 +336,7 @@ fn ports(text: &str) -> Option<Vec<(u16, u16)>> {
     text.split(',').map(range).collect()
 }
 
-/// Every form that iptables writes or takes (`mark_tg_help`, extensions/libxt_MARK.c).
+/// Every form that iptables writes or takes (`mark_tg_help` in `libxt_MARK.c`).
 fn set_mark<'a>(option: impl Fn(&str) -> Option<&'a str>) -> Step {
     let read = || {
         if let Some(text) = option("--set-xmark") {
