@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -30,7 +31,7 @@ pub struct Cause {
     /// kube-proxy's masquerade mark is on the tunnel packet.
     pub masquerade_mark: bool,
     /// The rule that rewrote the tunnel packet, where one can be named.
-    pub rule: Option<RuleView>,
+    pub rule: Option<Arc<RuleView>>,
     /// It is this rule; else it is likely.
     pub rule_certain: bool,
     /// No rule rewrites a packet with this mark. The rule is the one that does it with kube-proxy's
@@ -40,13 +41,13 @@ pub struct Cause {
     /// The rule that rewrites the packet inside, and so keeps it from the rule that takes the mark
     /// off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub inner_rule: Option<RuleView>,
+    pub inner_rule: Option<Arc<RuleView>>,
     /// The rule that is there to take the mark off, where one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unmark_rule: Option<RuleView>,
+    pub unmark_rule: Option<Arc<RuleView>>,
     /// What could not be read of the rules, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rules_unread: Option<String>,
+    pub rules_unread: Option<Arc<str>>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
@@ -111,11 +112,11 @@ impl RuleView {
 /// What the rules tell of a packet; the same for all packets of its kind.
 #[derive(Clone, Debug, Default)]
 struct Reasons {
-    rule: Option<RuleView>,
+    rule: Option<Arc<RuleView>>,
     rule_certain: bool,
     mark_assumed: bool,
-    inner_rule: Option<RuleView>,
-    unmark_rule: Option<RuleView>,
+    inner_rule: Option<Arc<RuleView>>,
+    unmark_rule: Option<Arc<RuleView>>,
     unmark_missed: Missed,
     /// The rule is none of NAT: it writes the UDP checksum.
     writes_checksum: bool,
@@ -142,7 +143,7 @@ pub struct Explainer {
     /// From when on their counters are.
     read: SystemTime,
     looks_at_source_ports: bool,
-    unread: Option<String>,
+    unread: Option<Arc<str>>,
     known: HashMap<(Packet, Packet, Rewritten, Verdict), Reasons>,
 }
 
@@ -151,7 +152,7 @@ impl Explainer {
     pub fn new(rules: Ruleset, read: SystemTime) -> Self {
         Self {
             looks_at_source_ports: rules.looks_at_source_ports(),
-            unread: (!rules.unread.is_empty()).then(|| rules.unread.join("; ")),
+            unread: (!rules.unread.is_empty()).then(|| rules.unread.join("; ").into()),
             rules,
             read,
             known: HashMap::new(),
@@ -189,7 +190,7 @@ impl Explainer {
 
 /// The cause of an event as far as it can be told without rules.
 pub fn without_rules(event: &Event, why: &str) -> Cause {
-    assemble(event, Reasons::default(), Some(why.to_owned()))
+    assemble(event, Reasons::default(), Some(why.into()))
 }
 
 fn tunnel_packet(event: &Event) -> (Packet, Rewritten) {
@@ -250,7 +251,7 @@ fn reasons(
     verdict: Verdict,
     believe_counters: bool,
 ) -> Reasons {
-    let view = |met: &Met| RuleView::new(rules, met);
+    let view = |met: &Met| Arc::new(RuleView::new(rules, met));
     let walked = walk(rules, outer, rewritten, believe_counters);
     let mut reasons = Reasons::default();
     if let Some(met) = walked.set_checksum.first() {
@@ -290,7 +291,7 @@ fn reasons(
 
 /// Why the mark is still on the packet, which is to be explained: it is there.
 fn find_unmark(rules: &Ruleset, walked: &Walked, reasons: &mut Reasons) {
-    let view = |met: &Met| RuleView::new(rules, met);
+    let view = |met: &Met| Arc::new(RuleView::new(rules, met));
     let unmark = walked.unmarked.first();
     // What rewrites the inner packet before it gets to the rule that takes the mark off.
     let before = |met: &&Met| unmark.is_none_or(|unmark| met.order < unmark.order);
@@ -308,7 +309,7 @@ fn find_unmark(rules: &Ruleset, walked: &Walked, reasons: &mut Reasons) {
     };
 }
 
-fn assemble(event: &Event, reasons: Reasons, unread: Option<String>) -> Cause {
+fn assemble(event: &Event, reasons: Reasons, unread: Option<Arc<str>>) -> Cause {
     let masquerade_mark = event.mark.value() & MASQUERADE_MARK != 0;
     let mut parts = vec![what_changed(event)];
     parts.extend(why_marked(event, &reasons));
@@ -391,10 +392,9 @@ fn which_rewrote(event: &Event, reasons: &Reasons, rule: &str) -> String {
         return format!("{rule} rewrote it{nobody}");
     };
     let unmark = &unmark.chain;
-    let path = |rule: &Option<RuleView>| rule.as_ref().map(|rule| rule.path.clone());
     match (&reasons.inner_rule, reasons.unmark_missed) {
         // One rule takes both, first the inner packet.
-        (Some(_), _) if path(&reasons.inner_rule) == path(&reasons.rule) => {
+        (Some(inner), _) if reasons.rule.as_ref().is_some_and(|it| it.path == inner.path) => {
             format!("{rule} runs before {unmark} clears the mark")
         }
         (Some(inner), _) => format!(

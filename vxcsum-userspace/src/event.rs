@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Display};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use nix::time::{ClockId, clock_gettime};
@@ -60,6 +61,17 @@ pub struct Event {
     /// The interface that the packet left by as rules see it, where that is known.
     #[serde(skip)]
     pub out_interface: Option<String>,
+    /// Its JSON, once somebody has asked for it.
+    #[serde(skip)]
+    pub json: OnceLock<String>,
+}
+
+impl Event {
+    /// Its JSON, which is written once for all who want it: ask when it does not change any more.
+    pub fn json(&self) -> &str {
+        // Has no maps with keys other than strings, and none of its own code fails.
+        self.json.get_or_init(|| serde_json::to_string(self).unwrap_or_default())
+    }
 }
 
 /// Outer addresses and ports.
@@ -230,6 +242,7 @@ impl Source {
             proof: proof.as_str().map(str::to_owned),
             cause: None,
             out_interface: self.plan.out_interface(port, vni).map(str::to_owned),
+            json: OnceLock::new(),
         })
     }
 }

@@ -228,7 +228,7 @@ fn write_line(
     news: &mut News,
 ) -> io::Result<()> {
     match line {
-        Line::Event(event) if json => write_json(out, event.as_ref()),
+        Line::Event(event) if json => writeln!(out, "{}", event.json()),
         Line::Event(event) => news.write(out, event),
         Line::Summary(summary) if json => write_json(out, &SummaryLine { summary }),
         Line::Summary(summary) => writeln!(out, "{summary}"),

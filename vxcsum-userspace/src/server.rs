@@ -190,7 +190,10 @@ impl Client {
     }
 
     async fn say(&mut self, value: &impl Serialize) -> Result<(), Gone> {
-        let line = serde_json::to_string(value).map_err(|_| Gone)?;
+        self.say_line(&serde_json::to_string(value).map_err(|_| Gone)?).await
+    }
+
+    async fn say_line(&mut self, line: &str) -> Result<(), Gone> {
         match timeout(PATIENCE, self.lines.send(line)).await {
             Ok(Ok(())) => Ok(()),
             _ => Err(Gone),
@@ -205,7 +208,7 @@ impl Client {
         loop {
             tokio::select! {
                 event = events.recv() => match event {
-                    Ok(event) if filter.matches(&event) => self.say(event.as_ref()).await?,
+                    Ok(event) if filter.matches(&event) => self.say_line(event.json()).await?,
                     Ok(_) => {}
                     Err(broadcast::error::RecvError::Lagged(count)) => {
                         self.say(&Notice::Missed(count)).await?;
