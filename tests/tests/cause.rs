@@ -255,17 +255,13 @@ fn many_rules_hold_nothing_up() -> Result<()> {
         let (_, cause) = lose_one(&lab, &lab.a, &vxcsum)?;
         // It answers, whatever it reads.
         socket.status()?;
-        match cause.rule {
-            Some(rule) => {
-                assert_eq!(rule.path, ["POSTROUTING 1", "cali-POSTROUTING 1"]);
-                assert!(cause.rule_certain);
-                Ok(true)
-            }
-            None => {
-                assert_has(&cause.rules_unread.unwrap_or_default(), &["takes long"]);
-                Ok(false)
-            }
-        }
+        let Some(rule) = cause.rule else {
+            assert_has(&cause.rules_unread.unwrap_or_default(), &["takes long"]);
+            return Ok(false);
+        };
+        assert_eq!(rule.path, ["POSTROUTING 1", "cali-POSTROUTING 1"]);
+        assert!(cause.rule_certain);
+        Ok(true)
     })?;
     let (events, summary) = vxcsum.stop()?;
     assert_eq!(summary.interface()?.broken(), events.len() as u64);
