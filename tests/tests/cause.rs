@@ -11,7 +11,9 @@ use vxcsum_tests::conntrack;
 use vxcsum_tests::daemon::{Cause, Daemon, Event, binary, run_to_end};
 use vxcsum_tests::lab::{Cluster, Cni, Family, Lab, LabConfig, NIC, Nat, OuterSum, PodSums, Tool};
 use vxcsum_tests::netns::NetNs;
-use vxcsum_tests::traffic::{self, UdpServer};
+use vxcsum_tests::packets::Check;
+use vxcsum_tests::storm::{Packet, SOURCE_PORTS};
+use vxcsum_tests::traffic::{self, UdpServer, send_frames};
 use vxcsum_tests::wait::wait_until;
 
 const PLENTY: Duration = Duration::from_secs(30);
@@ -192,6 +194,20 @@ fn a_rule_that_writes_the_checksum_is_named() -> Result<()> {
     assert_eq!(event.verdict, "mangled_zero");
     assert!(cause.rule_certain, "{cause:#?}");
     assert_has(&cause.text, &["0xffff", "rule 1 of post", "writes the UDP checksum"]);
+    Ok(())
+}
+
+#[test]
+fn where_nothing_proves_nat_no_rule_is_named() -> Result<()> {
+    let nat = cluster(Tool::IptablesNft, Cni::MarkedFirst);
+    let lab = LabConfig { srcport: Some(SOURCE_PORTS), nat, ..LabConfig::default() }.start()?;
+    let vxcsum = Daemon::start(&lab.a, NIC, [""; 0])?;
+    send_frames(&lab.a, NIC, &[Packet::new(Check::Value(0xffff)).frame()?])?;
+    let events = vxcsum.wait_events(1, PLENTY)?;
+    assert_eq!(events[0].verdict, "bad");
+    let cause = events[0].cause.clone().context("no cause")?;
+    assert_eq!((cause.rule, cause.rule_certain), (None, false));
+    assert_has(&cause.text, &["nothing proves NAT; ", "may have changed the packet"]);
     Ok(())
 }
 

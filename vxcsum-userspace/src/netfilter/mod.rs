@@ -329,9 +329,9 @@ pub struct Place {
 }
 
 impl Ruleset {
-    /// The base chains that a packet meets at a hook, in order. With each, whether another one of the
-    /// same priority may as well come before it: then the kernel takes the younger one first
-    /// (`nf_hook_entries_grow` in net/netfilter/core.c), and age does not show.
+    /// The base chains that a packet meets at a hook, in order. Of those with the same priority the
+    /// kernel takes the younger one first (`nf_hook_entries_grow` in `net/netfilter/core.c`; measured);
+    /// how old they are does not show, but the order in which they are read is a hint.
     pub fn base_chains(&self, hook: Hook, is_ipv6: bool) -> Vec<usize> {
         let mut found: Vec<(i32, bool, i32, usize)> = self
             .chains

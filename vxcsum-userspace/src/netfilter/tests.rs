@@ -379,3 +379,18 @@ fn prefixes() {
         assert_eq!(Addresses::parse(wrong), None, "{wrong}");
     }
 }
+
+#[test]
+fn of_two_chains_with_one_priority_either_may_be_first() {
+    let nft = NFT.replace("\"prio\": 90", "\"prio\": 100").replace(
+        "{\"match\": {\"op\": \"==\", \"left\": {\"payload\": {\"protocol\": \"ip\", \"field\": \"daddr\"}}, \"right\": \"@nodes\"}}, ",
+        "",
+    );
+    let rules = from_nft(&nft);
+    let marked = follow(&rules, &tunnel_packet(0x4000));
+    assert!(!marked.likely_nat().unwrap().is_certain, "{marked:?}");
+    // Only one of them would rewrite these.
+    assert!(follow(&rules, &tunnel_packet(0)).likely_nat().unwrap().is_certain);
+    let elsewhere = Packet { dport: Some(53), ..tunnel_packet(0x4000) };
+    assert!(follow(&rules, &elsewhere).likely_nat().unwrap().is_certain);
+}

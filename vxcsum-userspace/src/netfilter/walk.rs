@@ -96,19 +96,7 @@ pub fn walk(
     rewritten: Rewritten,
     believe_counters: bool,
 ) -> Walked {
-    let mut walk = Walk {
-        rules,
-        packet,
-        rewritten,
-        believe_counters,
-        mark: Mark { bits: packet.mark, unknown: 0 },
-        path: Vec::new(),
-        maybes: 0,
-        is_tracked: Truth::Yes,
-        is_rewritten: Truth::No,
-        budget: MAX_RULES,
-        walked: Walked::default(),
-    };
+    let mut walk = Walk::new(rules, packet, rewritten, believe_counters);
     let hooks: &[Hook] =
         if packet.is_local { &[Hook::Output, Hook::Postrouting] } else { &[Hook::Postrouting] };
     for &hook in hooks {
@@ -116,7 +104,23 @@ pub fn walk(
             walk.base_chain(chain);
         }
     }
-    walk.walked
+    let mut walked = walk.walked;
+    for met in walked.nat.iter_mut().filter(|met| met.is_certain) {
+        // Which of two chains comes first that have the same priority is not certain.
+        let of = |place: &Place| rules.chains[place.chain].base;
+        let base = met.path.first().and_then(of);
+        let rivals =
+            rules.base_chains(Hook::Postrouting, packet.is_ipv6).into_iter().filter(|chain| {
+                rules.chains[*chain].base == base
+                    && met.path.iter().all(|place| place.chain != *chain)
+            });
+        for rival in rivals {
+            let mut walk = Walk::new(rules, packet, rewritten, believe_counters);
+            walk.base_chain(rival);
+            met.is_certain &= walk.walked.nat.is_empty();
+        }
+    }
+    walked
 }
 
 /// Most rules that a packet is followed through: maps and doubts may lead to the same chain often.
@@ -208,7 +212,28 @@ enum Left {
     Ended,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    fn new(
+        rules: &'a Ruleset,
+        packet: &'a Packet,
+        rewritten: Rewritten,
+        believe_counters: bool,
+    ) -> Self {
+        Self {
+            rules,
+            packet,
+            rewritten,
+            believe_counters,
+            mark: Mark { bits: packet.mark, unknown: 0 },
+            path: Vec::new(),
+            maybes: 0,
+            is_tracked: Truth::Yes,
+            is_rewritten: Truth::No,
+            budget: MAX_RULES,
+            walked: Walked::default(),
+        }
+    }
+
     fn base_chain(&mut self, chain: usize) {
         let is_nat = self.rules.chains[chain].base.is_some_and(|base| base.is_nat);
         // NAT looks at nothing that is not tracked.
