@@ -225,6 +225,55 @@ pub struct Event {
     pub segments: u32,
     /// Length in bytes, link header included.
     pub len: u32,
+    /// What led to it.
+    pub cause: Option<Cause>,
+}
+
+/// What led to a broken packet.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Cause {
+    /// In one sentence.
+    pub text: String,
+    /// Source address before NAT, where that rewrote it.
+    pub src_before_nat: Option<IpAddr>,
+    /// Source port before NAT.
+    pub sport_before_nat: Option<u16>,
+    /// kube-proxy's mark is on the tunnel packet.
+    pub masquerade_mark: bool,
+    /// The rule that rewrote it.
+    pub rule: Option<Rule>,
+    /// No other may have done it.
+    pub rule_certain: bool,
+    /// It takes kube-proxy's mark, which this packet has not.
+    #[serde(default)]
+    pub mark_assumed: bool,
+    /// The rule that rewrites the packet inside.
+    pub inner_rule: Option<Rule>,
+    /// The rule that would take the mark off.
+    pub unmark_rule: Option<Rule>,
+    /// What could not be read.
+    pub rules_unread: Option<String>,
+}
+
+/// A rule, and where it stands.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Rule {
+    /// `iptables-legacy`, `iptables-nft` or `nft`.
+    pub backend: String,
+    /// `ip`, `ip6` or `inet`.
+    pub family: String,
+    /// Table.
+    pub table: String,
+    /// Chain.
+    pub chain: String,
+    /// Number in the chain, from 1.
+    pub position: usize,
+    /// From the base chain to it.
+    pub path: Vec<String>,
+    /// The rule.
+    pub text: String,
+    /// Packets that it has matched.
+    pub packets: Option<u64>,
 }
 
 /// Outer addresses and ports.
@@ -238,6 +287,8 @@ pub struct OuterView {
     pub sport: u16,
     /// Destination port.
     pub dport: u16,
+    /// Source address before NAT, where that rewrote it and it is known.
+    pub src_before_nat: Option<IpAddr>,
     /// Source port before NAT, where that is known.
     pub sport_before_nat: Option<u16>,
 }

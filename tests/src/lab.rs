@@ -10,6 +10,7 @@
 //! verified: bad sums, no drop. So offload is off, unless [`LabConfig::nic_offload`] asks for it;
 //! then a switch is put between, whose ports close the sums as the hardware of a NIC would.
 
+use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::Command;
 
@@ -90,11 +91,59 @@ pub enum Nat {
         /// Without it, NAT leaves the source port alone wherever it is free.
         random_fully: bool,
     },
+    /// The same as in a cluster: kube-proxy marks connections, not packets, and takes the mark off
+    /// where it masquerades; a CNI masquerades as well.
+    Cluster(Cluster),
     /// SNAT of every VXLAN packet to [`Lab::snat_address`].
     Snat,
     /// Not NAT: writes 0xffff into the checksum field, the bytes that kernels without ea64d8d6c675
     /// make of a zero when they rewrite the header.
     ZeroMangle,
+}
+
+/// The rules of a cluster as kube-proxy has them, and beside them those of a CNI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cluster {
+    /// What they are made with.
+    pub tool: Tool,
+    /// Which packets the CNI masquerades, and whether it comes before kube-proxy.
+    pub cni: Cni,
+}
+
+/// What rules are made with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tool {
+    /// `iptables-legacy`
+    IptablesLegacy,
+    /// `iptables-nft`
+    IptablesNft,
+    /// `nft`, as kube-proxy uses it in nftables mode.
+    Nft,
+}
+
+impl Tool {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::IptablesLegacy, Self::IptablesNft, Self::Nft];
+
+    /// As vxcsum names it.
+    pub const fn backend(self) -> &'static str {
+        match self {
+            Self::IptablesLegacy => "iptables-legacy",
+            Self::IptablesNft => "iptables-nft",
+            Self::Nft => "nft",
+        }
+    }
+}
+
+/// The masquerading of a CNI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cni {
+    /// Before kube-proxy, everything with its mark: takes the tunnel packet as well.
+    MarkedFirst,
+    /// Before kube-proxy, everything into the tunnel.
+    TunnelledFirst,
+    /// The same after kube-proxy, where it does no harm.
+    TunnelledLast,
 }
 
 /// How to set up a [`Lab`].
@@ -340,6 +389,8 @@ impl Lab {
         match nat {
             Nat::None => Ok(()),
             Nat::Masquerade { random_fully } => self.masquerade(random_fully),
+            Nat::Cluster(Cluster { tool: Tool::Nft, cni }) => self.cluster_by_nft(cni),
+            Nat::Cluster(cluster) => self.cluster_by_iptables(cluster),
             Nat::Snat => self.snat(),
             Nat::ZeroMangle => self.mangle_zero(),
         }
@@ -350,7 +401,18 @@ impl Lab {
         for restore in ["iptables-restore", "ip6tables-restore"] {
             self.restore_tables(restore, "*mangle\nCOMMIT\n*nat\nCOMMIT\n")?;
         }
-        let clear = format!("table inet {NFT_TABLE}\ndelete table inet {NFT_TABLE}\n");
+        let names = self.a.run("cat /proc/net/ip_tables_names /proc/net/ip6_tables_names");
+        // Without such tables, their tool would make them.
+        if names.is_ok_and(|names| !names.is_empty()) {
+            for restore in ["iptables-legacy-restore", "ip6tables-legacy-restore"] {
+                self.restore_tables(restore, "*nat\nCOMMIT\n")?;
+            }
+        }
+        let mut clear = String::new();
+        let lab = format!("inet {NFT_TABLE}");
+        for table in [&lab, "ip kube-proxy", "ip cni", "ip6 kube-proxy", "ip6 cni"] {
+            let _ = write!(clear, "table {table}\ndelete table {table}\n");
+        }
         self.nft(&clear)?;
         self.a.run("conntrack -F").map(drop)
     }
@@ -368,6 +430,78 @@ impl Lab {
                  *nat\n-A POSTROUTING {marked} -j MASQUERADE{option}\nCOMMIT\n"
             );
             self.restore_tables(restore, &tables)?;
+        }
+        Ok(())
+    }
+
+    fn cluster_by_iptables(&self, Cluster { tool, cni }: Cluster) -> Result<()> {
+        let kind = if tool == Tool::IptablesLegacy { "legacy" } else { "nft" };
+        let ends = Ends::b(self.config.outer);
+        for (tables, net) in [("iptables", ends.inner_net), ("ip6tables", ends.inner_v6_net)] {
+            let marked = "-m mark --mark 0x4000/0x4000";
+            let from_cni = match cni {
+                Cni::MarkedFirst => marked.to_owned(),
+                Cni::TunnelledFirst | Cni::TunnelledLast => format!("-o {VXLAN}"),
+            };
+            let jumps = [
+                "-A POSTROUTING -m comment --comment \"cali:O3lYWMrLQYEMJtB5\" -j cali-POSTROUTING\n",
+                "-A POSTROUTING -m comment --comment \"kubernetes postrouting rules\" \
+                 -j KUBE-POSTROUTING\n",
+            ];
+            let [first, second] = match cni {
+                Cni::TunnelledLast => [jumps[1], jumps[0]],
+                _ => jumps,
+            };
+            let rules = format!(
+                "*nat\n:KUBE-SERVICES -\n:KUBE-MARK-MASQ -\n:KUBE-POSTROUTING -\n\
+                 :cali-POSTROUTING -\n\
+                 -A PREROUTING -j KUBE-SERVICES\n-A OUTPUT -j KUBE-SERVICES\n\
+                 -A KUBE-SERVICES -d {net} -j KUBE-MARK-MASQ\n\
+                 -A KUBE-MARK-MASQ -j MARK --or-mark 0x4000\n{first}{second}\
+                 -A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN\n\
+                 -A KUBE-POSTROUTING -j MARK --xor-mark 0x4000\n\
+                 -A KUBE-POSTROUTING -m comment --comment \"kubernetes service traffic requiring \
+                 SNAT\" -j MASQUERADE --random-fully\n\
+                 -A cali-POSTROUTING {from_cni} -m comment --comment \"cali:JHlpT-eSqR1TvyYm\" \
+                 -j MASQUERADE --random-fully\nCOMMIT\n"
+            );
+            self.restore_tables(&format!("{tables}-{kind}-restore"), &rules)?;
+        }
+        Ok(())
+    }
+
+    fn cluster_by_nft(&self, cni: Cni) -> Result<()> {
+        let ends = Ends::b(self.config.outer);
+        for (family, net) in [("ip", ends.inner_net), ("ip6", ends.inner_v6_net)] {
+            let (from_cni, priority) = match cni {
+                Cni::MarkedFirst => ("meta mark & 0x4000 == 0x4000".to_owned(), "srcnat - 1"),
+                Cni::TunnelledFirst => (format!("oifname \"{VXLAN}\""), "srcnat - 1"),
+                Cni::TunnelledLast => (format!("oifname \"{VXLAN}\""), "srcnat + 1"),
+            };
+            self.nft(&format!(
+                "table {family} kube-proxy {{
+                     chain mark-for-masquerade {{ mark set mark or 0x4000; }}
+                     chain services {{ {family} daddr {net} jump mark-for-masquerade; }}
+                     chain nat-prerouting {{
+                         type nat hook prerouting priority dstnat; jump services;
+                     }}
+                     chain nat-output {{ type nat hook output priority -100; jump services; }}
+                     chain masquerading {{
+                         mark and 0x4000 == 0 return
+                         mark set mark xor 0x4000
+                         masquerade fully-random
+                     }}
+                     chain nat-postrouting {{
+                         type nat hook postrouting priority srcnat; jump masquerading;
+                     }}
+                 }}
+                 table {family} cni {{
+                     chain post {{
+                         type nat hook postrouting priority {priority};
+                         {from_cni} counter masquerade fully-random
+                     }}
+                 }}\n"
+            ))?;
         }
         Ok(())
     }

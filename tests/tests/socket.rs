@@ -108,8 +108,9 @@ fn tail_prints_events_for_people() -> Result<()> {
     // Its end is that of the daemon, which has printed nothing but its summary.
     let (events, _) = daemon.stop()?;
     assert!(events.is_empty(), "{events:#?}");
+    // A line for the event, and one for its cause.
     let ended = tail.wait_end(PLENTY)?;
-    assert_eq!((ended.code, ended.stdout.lines().count()), (Some(0), 1), "{ended:?}");
+    assert_eq!((ended.code, ended.stdout.lines().count()), (Some(0), 2), "{ended:?}");
     Ok(())
 }
 

@@ -3,8 +3,8 @@
 //!
 //! It hangs on a tracepoint that every freed packet passes, so the drop reason comes first: all
 //! others cost one comparison. The kernel does not run it while it runs already on the same CPU
-//! (`__bpf_trace_run` in kernel/trace/bpf_trace.c, 6.2): a softirq that interrupts that comparison is
-//! not seen.
+//! (`__bpf_trace_run` in `kernel/trace/bpf_trace.c`, 6.2): drops of a softirq that interrupts that
+//! comparison are not seen.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]

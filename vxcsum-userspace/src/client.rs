@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Deserialize;
 use vxcsum_common::layout::FixMode;
 
+use crate::cause::Narrator;
 use crate::event::Event;
 use crate::protocol::{Command, Filter, Notice};
 use crate::run::write_json;
@@ -97,12 +98,13 @@ pub fn tail(socket: &Path, filter: Filter, limit: Option<u64>, json: bool) -> Re
     let mut daemon = Daemon::ask(socket, &Command::Tail(filter))?;
     let mut out = io::stdout().lock();
     let mut left = limit.unwrap_or(u64::MAX);
+    let mut narrator = Narrator::default();
     while left > 0 && daemon.wait()? {
         let Some((line, said)) = daemon.next()? else { break };
         let is_counted = only_stalls || !matches!(said, Said::Stall(_));
         let written = match said {
             Said::Event(_) | Said::Stall(_) if json => writeln!(out, "{line}"),
-            Said::Event(event) => writeln!(out, "{event}"),
+            Said::Event(event) => narrator.write(&mut out, &event),
             Said::Stall(line) => writeln!(out, "{line}"),
             Said::Notice(Notice::Missed(count)) => {
                 eprintln!("vxcsum: too slow, {count} events were missed");

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Display};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use clap::ValueEnum;
@@ -13,6 +14,7 @@ use vxcsum_common::outer::{self, Outer, TCP, UDP};
 use vxcsum_common::verdict::Watch;
 use vxcsum_common::{Captured, Cut, Device, Packet as _, Policy, Proof, Verdict, inner};
 
+use crate::cause::Cause;
 use crate::names;
 use crate::plan::Plan;
 use crate::stalls::Trace;
@@ -60,9 +62,18 @@ pub struct Event {
     /// What proves NAT.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proof: Option<String>,
+    /// What led to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<Cause>,
     /// What is not for readers.
     #[serde(skip)]
     pub trace: Trace,
+    /// The interface that the packet left by as rules see it, where that is known.
+    #[serde(skip)]
+    pub out_interface: Option<String>,
+    /// Its JSON, once somebody has asked for it.
+    #[serde(skip)]
+    pub json: OnceLock<String>,
 }
 
 /// Who saw the packet: the node that sent it, on its way out, or the node that dropped it for its
@@ -78,28 +89,39 @@ pub enum Direction {
 /// Outer addresses and ports.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct OuterView {
-    /// The node that it comes from.
-    pub(crate) src: IpAddr,
+    /// Source address.
+    pub src: IpAddr,
     /// The node that it goes to.
     pub dst: IpAddr,
-    pub(crate) sport: u16,
-    pub(crate) dport: u16,
+    /// Source port.
+    pub sport: u16,
+    /// Destination port.
+    pub dport: u16,
+    /// Source address before NAT, where that rewrote it and it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub src_before_nat: Option<IpAddr>,
+    /// Source port before NAT, where that is known.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) sport_before_nat: Option<u16>,
+    pub sport_before_nat: Option<u16>,
 }
 
 /// Inner addresses and ports, as far as the inner packet has them.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct InnerView {
+    /// Source address.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) src: Option<IpAddr>,
+    pub src: Option<IpAddr>,
+    /// Destination address.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) dst: Option<IpAddr>,
-    pub(crate) proto: String,
+    pub dst: Option<IpAddr>,
+    /// `tcp`, `udp`, `icmp`, `arp`, …
+    pub proto: String,
+    /// Source port.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) sport: Option<u16>,
+    pub sport: Option<u16>,
+    /// Destination port.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) dport: Option<u16>,
+    pub dport: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tcp_flags: Option<String>,
 }
@@ -111,6 +133,16 @@ pub enum Hex {
     U16(u16),
     /// A mark.
     U32(u32),
+}
+
+impl Hex {
+    /// The number.
+    pub const fn value(self) -> u32 {
+        match self {
+            Self::U16(value) => value as u32,
+            Self::U32(value) => value,
+        }
+    }
 }
 
 impl Display for Hex {
@@ -183,22 +215,30 @@ impl Source {
         };
         let (at, ()) = outer::locate(&packet, &AnyPort).ok()??;
         let outer = Outer::read(&packet, at).ok()?;
-        let device = self.plan.device_name(outer.destination_port, outer.vni);
         let inner = InnerView::of(&packet, &outer);
         let ends = inner.src.zip(inner.dst).map(|(src, dst)| [src, dst]);
         let trace = Trace::read(&raw, &packet, &outer, ends);
+        let (port, vni) = (outer.destination_port, outer.vni);
+        let proof = Proof::from_u8(raw.proof);
+        let src_before_nat = match proof {
+            Proof::FlowHashAndAddress => self.plan.local_address(port, vni, at.is_ipv6),
+            _ => None,
+        };
         Some(Event {
             time: wall_clock(Duration::from_nanos(raw.boot_ns)),
             direction: Direction::Egress,
             interface: self.interface.clone(),
-            device: device.map(str::to_owned),
-            vni: Some(outer.vni),
+            device: self.plan.device_name(port, vni).map(str::to_owned),
+            vni: Some(vni),
             verdict: Verdict::from_u8(raw.verdict)?,
             action: Action::from_u8(raw.action)?,
             check: Hex::U16(raw.check),
             expected: (raw.expected != 0).then_some(Hex::U16(raw.expected)),
             expected_from: None,
-            outer: OuterView::read(&packet, &outer, raw.source_port_before_nat).ok()?,
+            outer: OuterView {
+                src_before_nat,
+                ..OuterView::read(&packet, &outer, raw.source_port_before_nat).ok()?
+            },
             inner,
             mark: Hex::U32(raw.mark),
             segments: raw.segments,
@@ -210,8 +250,11 @@ impl Source {
                 3 => Some("partial".to_owned()),
                 _ => None,
             },
-            proof: Proof::from_u8(raw.proof).as_str().map(str::to_owned),
+            proof: proof.as_str().map(str::to_owned),
+            cause: None,
             trace,
+            out_interface: self.plan.out_interface(port, vni).map(str::to_owned),
+            json: OnceLock::new(),
         })
     }
 }
@@ -236,6 +279,12 @@ impl Watch for AnyPort {
 }
 
 impl Event {
+    /// Its JSON, which is written once for all who want it: ask when it does not change any more.
+    pub fn json(&self) -> &str {
+        // Has no maps with keys other than strings, and none of its own code fails.
+        self.json.get_or_init(|| serde_json::to_string(self).unwrap_or_default())
+    }
+
     /// The other node.
     pub const fn peer(&self) -> IpAddr {
         match self.direction {
@@ -258,6 +307,7 @@ impl OuterView {
             dst,
             sport: outer.source_port,
             dport: outer.destination_port,
+            src_before_nat: None,
             sport_before_nat: (source_port_before_nat != 0).then_some(source_port_before_nat),
         })
     }
@@ -404,9 +454,10 @@ impl Display for Event {
 impl Display for OuterView {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} > {}", endpoint(self.src, self.sport), endpoint(self.dst, self.dport))?;
-        match self.sport_before_nat {
-            Some(port) => write!(f, " (port {port} before NAT)"),
-            None => Ok(()),
+        match (self.src_before_nat, self.sport_before_nat) {
+            (Some(src), Some(port)) => write!(f, " ({} before NAT)", endpoint(src, port)),
+            (None, Some(port)) => write!(f, " (port {port} before NAT)"),
+            (_, None) => Ok(()),
         }
     }
 }

@@ -1,7 +1,9 @@
 //! The parts of the `vxcsum` command, for its binary and for the workspace's tests.
 
+pub mod annotate;
 pub mod attach;
 mod btf;
+pub mod cause;
 pub mod changes;
 pub mod check;
 pub mod cli;
@@ -13,6 +15,8 @@ pub mod links;
 pub mod logging;
 pub mod metrics;
 pub mod names;
+pub mod netfilter;
+pub mod news;
 pub mod plan;
 pub mod privileges;
 pub mod program;

@@ -51,6 +51,8 @@ struct PortPlan {
 #[derive(Clone, Debug, PartialEq)]
 struct Sender {
     name: String,
+    /// Where routes lead its packets, before the interfaces below that one.
+    out_interface: Option<String>,
     vni: u32,
     policy_ipv4: Policy,
     policy_ipv6: Policy,
@@ -105,8 +107,12 @@ impl Plan {
                 if vxlan.port != port {
                     continue;
                 }
+                let mut outs = vxlan_link.below.iter().chain(&vxlan.routed_by);
+                let out = outs.next().filter(|_| outs.next().is_none());
+                let out = out.and_then(|out| links.by_index(*out));
                 let sender = Sender {
                     name: vxlan_link.name.clone(),
+                    out_interface: out.map(|out| out.name.clone()),
                     vni: if vxlan.is_external { ANY_VNI } else { vxlan.vni },
                     policy_ipv4: wish.policy.unwrap_or(vxlan.policy_ipv4),
                     policy_ipv6: wish.policy.unwrap_or(vxlan.policy_ipv6),
@@ -170,10 +176,26 @@ impl Plan {
 
     /// Name of the device that sends a VNI to a port.
     pub fn device_name(&self, port: u16, vni: u32) -> Option<&str> {
+        self.sender(port, vni).map(|sender| sender.name.as_str())
+    }
+
+    /// The interface that packets of that device leave by, as rules see it: of a stack the highest.
+    pub fn out_interface(&self, port: u16, vni: u32) -> Option<&str> {
+        self.sender(port, vni)?.out_interface.as_deref()
+    }
+
+    /// The address that the device sends from, as the verdict assumes it.
+    pub fn local_address(&self, port: u16, vni: u32, is_ipv6: bool) -> Option<IpAddr> {
+        let device = self.devices.get(&(port, vni)).or(self.devices.get(&(port, ANY_VNI)))?;
+        let local =
+            if is_ipv6 { IpAddr::from(device.local_ipv6) } else { IpAddr::from(device.local_ipv4) };
+        (!local.is_unspecified()).then_some(local)
+    }
+
+    fn sender(&self, port: u16, vni: u32) -> Option<&Sender> {
         let senders = &self.ports.get(&port)?.senders;
         let own = senders.iter().find(|sender| sender.vni == vni);
-        let external = || senders.iter().find(|sender| sender.vni == ANY_VNI);
-        own.or_else(external).map(|sender| sender.name.as_str())
+        own.or_else(|| senders.iter().find(|sender| sender.vni == ANY_VNI))
     }
 }
 

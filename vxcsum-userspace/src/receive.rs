@@ -171,7 +171,7 @@ impl Watched {
         let before = total::in_csum_errors();
         let (plan, plans) = watch::channel(Arc::new(plan));
         let decode = move |record: &[u8]| match decode::decode(&plans.borrow(), record) {
-            Some(event) => Record::Event(Arc::new(event), None),
+            Some(event) => Record::Dropped(Arc::new(event)),
             None => Record::Undecodable("the receive side".to_owned()),
         };
         let (stop, stopped) = watch::channel(false);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -16,17 +16,20 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 use vxcsum_common::layout::SkbLayout;
 
+use crate::annotate::annotate;
+use crate::cause::Narrator;
 use crate::changes;
 use crate::cli::{LogFormat, UsageError};
-use crate::event::{Event, boot_clock};
+use crate::event::boot_clock;
 use crate::links::sent_packets;
 use crate::metrics;
+use crate::news::{Channels, News, distribute, lock, observe};
 use crate::privileges::{check_privileges, drop_privileges};
-use crate::server::{self, Metered, News, Request, Server};
+use crate::server::{self, Metered, Request, Server};
 use crate::skb_layout::{self, VMLINUX_BTF};
-use crate::stalls::{self, Stalls};
+use crate::stalls::Stalls;
 use crate::summary::Summary;
-use crate::supervisor::{self, Record, Supervisor};
+use crate::supervisor::{self, Supervisor};
 
 /// What to run.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,8 +52,6 @@ pub struct Options {
 const QUEUE_LEN: usize = 1024;
 /// Events that a client may fall behind before it misses some.
 const CLIENT_QUEUE_LEN: usize = 4096;
-/// How often to look for connections that have given up.
-const STALL_INTERVAL: Duration = Duration::from_secs(1);
 /// How often to look at the devices anew although the kernel has told of no change.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -72,13 +73,18 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
 
     let (records, recorded) = mpsc::channel(QUEUE_LEN);
     let (to_printer, printer_queue) = mpsc::channel(QUEUE_LEN);
-    let to_clients = News::new(CLIENT_QUEUE_LEN);
+    let to_clients = Channels::new(CLIENT_QUEUE_LEN);
     let json = options.json;
     let printer = thread::spawn(move || print(printer_queue, json));
     let printing = (!options.quiet).then(|| to_printer.clone());
     let stalls = Arc::new(Mutex::new(Stalls::default()));
-    let distributing = distribute(recorded, printing, to_clients.clone(), stalls.clone());
-    let distributor = tokio::spawn(distributing);
+    let (to_annotator, observed) = mpsc::channel(QUEUE_LEN);
+    let (to_distributor, annotated) = mpsc::channel(QUEUE_LEN);
+    let telling = [
+        tokio::spawn(observe(recorded, to_annotator, stalls.clone())),
+        tokio::spawn(annotate(observed, to_distributor)),
+        tokio::spawn(distribute(annotated, printing, to_clients.clone())),
+    ];
 
     // Subscribed before the first look, so that nothing falls between.
     let mut changes = changes::subscribe().context("cannot follow network devices")?;
@@ -125,7 +131,9 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     let fix = supervisor.fix();
     let counted = supervisor.stop().await?;
     // The supervisor is gone, and with it the last sender of records.
-    distributor.await.context("cannot distribute events")?;
+    for task in telling {
+        task.await.context("cannot hand on events")?;
+    }
     let summary = Summary::new(fix, counted).with_stalls(lock(&stalls).overview(boot_clock()));
     // Fails when nobody reads any more, which ends quietly.
     let _ = to_printer.send(Line::Summary(Box::new(summary))).await;
@@ -183,70 +191,25 @@ async fn answer(request: Request, supervisor: &mut Supervisor, stalls: &Mutex<St
     }
 }
 
-/// Hands news to the printer, which is waited for, and to clients, which are not.
-async fn distribute(
-    mut recorded: mpsc::Receiver<Record>,
-    mut printing: Option<mpsc::Sender<Line>>,
-    to_clients: News,
-    stalls: Arc<Mutex<Stalls>>,
-) {
-    let mut look = interval(STALL_INTERVAL);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        let (event, lines) = tokio::select! {
-            // A retry that has been told already is no silence.
-            biased;
-            record = recorded.recv() => match record {
-                Some(Record::Event(event, follower)) => {
-                    let lines = follower.map(|follower| lock(&stalls).observe(&event, &follower));
-                    ((!event.trace.is_followed).then_some(event), lines.unwrap_or_default())
-                }
-                Some(Record::Undecodable(interface)) => {
-                    tracing::warn!("an event of {interface} cannot be decoded");
-                    continue;
-                }
-                None => return,
-            },
-            _ = look.tick() => (None, lock(&stalls).expire(boot_clock())),
-        };
-        let mut printed = Vec::new();
-        // To send fails while there is no client.
-        if let Some(event) = event {
-            let _ = to_clients.events.send(event.clone());
-            printed.push(Line::Event(event));
-        }
-        for line in lines.into_iter().map(Arc::new) {
-            let _ = to_clients.stalls.send(line.clone());
-            printed.push(Line::Stall(line));
-        }
-        for line in printed {
-            if let Some(printer) = &printing
-                && printer.send(line).await.is_err()
-            {
-                printing = None;
-            }
-        }
-    }
-}
-
-/// A panic elsewhere has left the table as it was between two packets.
-fn lock(stalls: &Mutex<Stalls>) -> MutexGuard<'_, Stalls> {
-    stalls.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// What goes to standard output.
 enum Line {
-    Event(Arc<Event>),
-    Stall(Arc<stalls::Line>),
+    News(News),
     Summary(Box<Summary>),
+}
+
+impl From<News> for Line {
+    fn from(news: News) -> Self {
+        Self::News(news)
+    }
 }
 
 /// Writes what comes, and flushes whenever nothing more is waiting. In a thread of its own: a
 /// reader that stops reading must not keep signals from being handled.
 fn print(mut queue: mpsc::Receiver<Line>, json: bool) -> io::Result<()> {
     let mut out = io::BufWriter::new(io::stdout().lock());
+    let mut narrator = Narrator::default();
     while let Some(line) = queue.blocking_recv() {
-        let mut written = write_line(&mut out, &line, json);
+        let mut written = write_line(&mut out, &line, json, &mut narrator);
         if queue.is_empty() {
             written = written.and_then(|()| out.flush());
         }
@@ -258,12 +221,17 @@ fn print(mut queue: mpsc::Receiver<Line>, json: bool) -> io::Result<()> {
     Ok(())
 }
 
-fn write_line(out: &mut impl io::Write, line: &Line, json: bool) -> io::Result<()> {
+fn write_line(
+    out: &mut impl io::Write,
+    line: &Line,
+    json: bool,
+    narrator: &mut Narrator,
+) -> io::Result<()> {
     match line {
-        Line::Event(event) if json => write_json(out, event.as_ref()),
-        Line::Event(event) => writeln!(out, "{event}"),
-        Line::Stall(line) if json => write_json(out, line.as_ref()),
-        Line::Stall(line) => writeln!(out, "{line}"),
+        Line::News(News::Event(event)) if json => writeln!(out, "{}", event.json()),
+        Line::News(News::Event(event)) => narrator.write(out, event),
+        Line::News(News::Stall(line)) if json => write_json(out, line.as_ref()),
+        Line::News(News::Stall(line)) => writeln!(out, "{line}"),
         Line::Summary(summary) if json => write_json(out, &SummaryLine { summary }),
         Line::Summary(summary) => writeln!(out, "{summary}"),
     }

@@ -17,6 +17,7 @@ use tokio_util::codec::{Framed, LinesCodec};
 use vxcsum_common::layout::FixMode;
 
 use crate::event::Event;
+use crate::news::Channels;
 use crate::protocol::{Command, Filter, MAX_LINE_LEN, Notice};
 use crate::stalls::{self, Totals};
 use crate::summary::Summary;
@@ -48,22 +49,6 @@ pub enum Request {
     Count(oneshot::Sender<Result<Metered>>),
     /// Switch the fix mode.
     Fix(FixMode, oneshot::Sender<Result<()>>),
-}
-
-/// What clients are told as it happens. Apart, so that no storm of events hides who waits.
-#[derive(Clone, Debug)]
-pub struct News {
-    /// Broken packets.
-    pub events: broadcast::Sender<Arc<Event>>,
-    /// Who waits, and who does no longer.
-    pub stalls: broadcast::Sender<Arc<stalls::Line>>,
-}
-
-impl News {
-    /// For clients that may fall `len` items behind before they miss some.
-    pub fn new(len: usize) -> Self {
-        Self { events: broadcast::channel(len).0, stalls: broadcast::channel(len).0 }
-    }
 }
 
 /// Everything that is counted.
@@ -130,7 +115,7 @@ impl Server {
     }
 
     /// Serves clients, each in a task of its own, so that none waits for another.
-    pub async fn serve(self, requests: mpsc::Sender<Request>, news: News) {
+    pub async fn serve(self, requests: mpsc::Sender<Request>, channels: Channels) {
         let places = Arc::new(Semaphore::new(MAX_CLIENTS));
         loop {
             let stream = match self.listener.accept().await {
@@ -149,9 +134,9 @@ impl Server {
             };
             match places.clone().try_acquire_owned() {
                 Ok(place) => {
-                    let news = news.clone();
+                    let channels = channels.clone();
                     tokio::spawn(async move {
-                        client.serve(news).await;
+                        client.serve(channels).await;
                         drop(place);
                     });
                 }
@@ -189,10 +174,10 @@ struct Client {
 struct Gone;
 
 impl Client {
-    async fn serve(mut self, news: News) {
+    async fn serve(mut self, channels: Channels) {
         // Subscribed first: what happens from now on is what the client sees.
-        let (events, stalls) = (news.events.subscribe(), news.stalls.subscribe());
-        drop(news);
+        let (events, stalls) = (channels.events.subscribe(), channels.stalls.subscribe());
+        drop(channels);
         let command = match timeout(PATIENCE, self.lines.next()).await {
             Ok(Some(Ok(line))) => serde_json::from_str(&line)
                 .map_err(|error| format!("not a command that vxcsum knows: {error}")),
@@ -215,7 +200,10 @@ impl Client {
     }
 
     async fn say(&mut self, value: &impl Serialize) -> Result<(), Gone> {
-        let line = serde_json::to_string(value).map_err(|_| Gone)?;
+        self.say_line(&serde_json::to_string(value).map_err(|_| Gone)?).await
+    }
+
+    async fn say_line(&mut self, line: &str) -> Result<(), Gone> {
         match timeout(PATIENCE, self.lines.send(line)).await {
             Ok(Ok(())) => Ok(()),
             _ => Err(Gone),
@@ -233,7 +221,7 @@ impl Client {
         while has_events || has_stalls {
             tokio::select! {
                 event = events.recv(), if has_events => match event {
-                    Ok(event) if filter.matches(&event) => self.say(event.as_ref()).await?,
+                    Ok(event) if filter.matches(&event) => self.say_line(event.json()).await?,
                     Ok(_) => {}
                     Err(broadcast::error::RecvError::Lagged(count)) => {
                         self.say(&Notice::Missed(count)).await?;

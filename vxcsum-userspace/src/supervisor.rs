@@ -40,7 +40,9 @@ pub struct Options {
 #[derive(Clone)]
 pub enum Record {
     /// A broken packet, or one of a flow that is followed, and who follows flows where it left.
-    Event(Arc<Event>, Option<Follower>),
+    Event(Arc<Event>, Follower),
+    /// A packet that was dropped here.
+    Dropped(Arc<Event>),
     /// Not an event of this version, from this interface.
     Undecodable(String),
 }
@@ -234,7 +236,7 @@ impl Supervisor {
         let decode = move |record: &[u8]| {
             let source = sources.borrow();
             match source.decode(record) {
-                Some(event) => Record::Event(Arc::new(event), Some(follower.clone())),
+                Some(event) => Record::Event(Arc::new(event), follower.clone()),
                 None => Record::Undecodable(source.interface.clone()),
             }
         };
@@ -439,9 +441,9 @@ impl log::Log for StderrLog {
     fn flush(&self) {}
 }
 
-/// Loading takes tens of megabytes for a moment (aya reads all types of the kernel). The allocator
-/// would keep them.
-fn give_back_memory() {
+/// Loading takes tens of megabytes for a moment (aya reads all types of the kernel), and so may
+/// reading rules. The allocator would keep them.
+pub(crate) fn give_back_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: may be called at any time; it only returns what is not in use.
     unsafe {

@@ -49,6 +49,13 @@ pub(crate) const TOOLS: &[Tool] = &[
         goals: LAB,
     },
     Tool {
+        binary: "iptables-legacy",
+        debian: "iptables",
+        fedora: "iptables-legacy",
+        why: "makes rules of the old kind",
+        goals: &[Goal::Test],
+    },
+    Tool {
         binary: "nft",
         debian: "nftables",
         fedora: "nftables",

@@ -1,5 +1,6 @@
 //! What the sender did to a packet that was dropped here.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use vxcsum_common::layout::Action;
@@ -55,6 +56,7 @@ pub(super) fn decode(plan: &Plan, record: &[u8]) -> Option<Event> {
             dst,
             sport: udp.be16::<0>(),
             dport: udp.be16::<2>(),
+            src_before_nat: None,
             sport_before_nat: judged.source_port_before_nat,
         },
         inner: match &outer {
@@ -66,7 +68,10 @@ pub(super) fn decode(plan: &Plan, record: &[u8]) -> Option<Event> {
         len: dropped.len + dropped.link_len,
         ip_summed: None,
         proof: judged.proof.and_then(Proof::as_str).map(str::to_owned),
+        cause: None,
         trace: Trace::default(),
+        out_interface: None,
+        json: OnceLock::new(),
     })
 }
 
