@@ -25,23 +25,28 @@ const IDLE: Duration = Duration::from_mins(1);
 
 /// Takes events, finds what led to them, and hands them on in the same order, until there are no
 /// more. Rules are read when there are events to explain, in a thread of their own. An event that
-/// would have to wait for long goes on with what is known.
-pub async fn annotate(mut records: mpsc::Receiver<Record>, annotated: mpsc::Sender<Record>) {
+/// would have to wait for long goes on with what is known, and one that nobody wants, as it is.
+pub async fn annotate(
+    mut records: mpsc::Receiver<Record>,
+    annotated: mpsc::Sender<Record>,
+    is_wanted: impl Fn() -> bool,
+) {
     let mut rules = Rules::default();
-    let mut waiting: VecDeque<(Instant, Record)> = VecDeque::new();
+    let mut waiting: VecDeque<Waiting> = VecDeque::new();
     let mut is_over = false;
     while !(is_over && waiting.is_empty()) {
         let deadline = match waiting.front() {
-            Some((since, _)) => *since + PATIENCE,
+            Some(first) => first.since + PATIENCE,
             None => rules.used + IDLE,
         };
         tokio::select! {
             record = records.recv(), if !is_over && waiting.len() < MAX_WAITING => match record {
                 Some(record) => {
-                    if let Record::Event(_) = record {
+                    let is_wanted = matches!(record, Record::Event(_)) && is_wanted();
+                    if is_wanted {
                         rules.want();
                     }
-                    waiting.push_back((Instant::now(), record));
+                    waiting.push_back(Waiting { since: Instant::now(), record, is_wanted });
                 }
                 None => is_over = true,
             },
@@ -54,18 +59,26 @@ pub async fn annotate(mut records: mpsc::Receiver<Record>, annotated: mpsc::Send
             }
         }
         let now = Instant::now();
-        while let Some((since, record)) = waiting.front() {
-            let is_late = now >= *since + PATIENCE || waiting.len() >= MAX_WAITING;
-            let must_wait = matches!(record, Record::Event(_)) && rules.are_coming() && !is_late;
-            if must_wait {
+        while let Some(first) = waiting.front() {
+            let is_late = now >= first.since + PATIENCE || waiting.len() >= MAX_WAITING;
+            if first.is_wanted && rules.are_coming() && !is_late {
                 break;
             }
-            let Some((_, record)) = waiting.pop_front() else { break };
-            if annotated.send(rules.annotated(record)).await.is_err() {
+            let Some(first) = waiting.pop_front() else { break };
+            let record = if first.is_wanted { rules.annotated(first.record) } else { first.record };
+            if annotated.send(record).await.is_err() {
                 return;
             }
         }
     }
+}
+
+/// A record on its way.
+struct Waiting {
+    since: Instant,
+    record: Record,
+    /// It is to be explained.
+    is_wanted: bool,
 }
 
 /// The rules that packets are explained by.

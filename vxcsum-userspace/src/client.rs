@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use vxcsum_common::layout::FixMode;
 
 use crate::cause::News;
@@ -33,6 +34,16 @@ enum Said {
     Notice(Notice),
     Event(Box<Event>),
     Summary(Box<Summary>),
+    /// An event that goes on as it is.
+    #[serde(skip)]
+    Passed,
+}
+
+/// What only events have.
+#[derive(Deserialize)]
+struct Timed {
+    #[serde(rename = "time")]
+    _time: IgnoredAny,
 }
 
 impl Daemon {
@@ -56,13 +67,16 @@ impl Daemon {
         Ok(Self { stream: BufReader::new(stream) })
     }
 
-    /// The next line; none when the daemon has ended.
-    fn next(&mut self) -> Result<Option<(String, Said)>> {
+    /// The next line; none when the daemon has ended. With `pass`, events are not read.
+    fn next(&mut self, pass: bool) -> Result<Option<(String, Said)>> {
         let mut line = String::new();
         if self.stream.read_line(&mut line).context("cannot read from the daemon")? == 0 {
             return Ok(None);
         }
         line.truncate(line.trim_end().len());
+        if pass && serde_json::from_str::<Timed>(&line).is_ok() {
+            return Ok(Some((line, Said::Passed)));
+        }
         let said = serde_json::from_str(&line)
             .with_context(|| format!("the daemon speaks another version's language: {line}"))?;
         match said {
@@ -97,9 +111,9 @@ pub fn tail(socket: &Path, filter: Filter, limit: Option<u64>, json: bool) -> Re
     let mut left = limit.unwrap_or(u64::MAX);
     let mut news = News::default();
     while left > 0 && daemon.wait()? {
-        let Some((line, said)) = daemon.next()? else { break };
+        let Some((line, said)) = daemon.next(json)? else { break };
         let written = match said {
-            Said::Event(_) if json => writeln!(out, "{line}"),
+            Said::Passed => writeln!(out, "{line}"),
             Said::Event(event) => news.write(&mut out, &event),
             Said::Notice(Notice::Missed(count)) => {
                 eprintln!("vxcsum: too slow, {count} events were missed");
@@ -135,7 +149,7 @@ pub fn status(socket: &Path, json: bool) -> Result<()> {
 }
 
 fn summary(socket: &Path) -> Result<Summary> {
-    match Daemon::ask(socket, &Command::Status {})?.next()? {
+    match Daemon::ask(socket, &Command::Status {})?.next(false)? {
         Some((_, Said::Summary(summary))) => Ok(*summary),
         _ => bail!("the daemon did not answer"),
     }
@@ -143,7 +157,7 @@ fn summary(socket: &Path) -> Result<Summary> {
 
 /// Switches the fix mode.
 pub fn fix(socket: &Path, mode: FixMode) -> Result<()> {
-    match Daemon::ask(socket, &Command::Fix { mode })?.next()? {
+    match Daemon::ask(socket, &Command::Fix { mode })?.next(false)? {
         Some((_, Said::Notice(Notice::Fix(mode)))) => {
             println!("fix {}", mode.as_str());
             Ok(())

@@ -76,7 +76,9 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     let printer = thread::spawn(move || print(printer_queue, json));
     let printing = (!options.quiet).then(|| to_printer.clone());
     let (to_distributor, annotated) = mpsc::channel(QUEUE_LEN);
-    let annotator = tokio::spawn(annotate(recorded, to_distributor));
+    let (is_printing, clients) = (printing.is_some(), to_clients.clone());
+    let is_wanted = move || is_printing || clients.receiver_count() > 0;
+    let annotator = tokio::spawn(annotate(recorded, to_distributor, is_wanted));
     let distributor = tokio::spawn(distribute(annotated, printing, to_clients.clone()));
 
     // Subscribed before the first look, so that nothing falls between.
