@@ -27,23 +27,28 @@ const IDLE: Duration = Duration::from_mins(1);
 
 /// Takes events, finds what led to them, and hands them on in the same order, until there are no
 /// more. Rules are read when there are events to explain, in a thread of their own. An event that
-/// would have to wait for long goes on with what is known.
-pub async fn annotate(mut news: mpsc::Receiver<News>, annotated: mpsc::Sender<News>) {
+/// would have to wait for long goes on with what is known, and one that nobody wants, as it is.
+pub async fn annotate(
+    mut news: mpsc::Receiver<News>,
+    annotated: mpsc::Sender<News>,
+    is_wanted: impl Fn() -> bool,
+) {
     let mut rules = Rules::default();
-    let mut waiting: VecDeque<(Instant, News)> = VecDeque::new();
+    let mut waiting: VecDeque<Waiting> = VecDeque::new();
     let mut is_over = false;
     while !(is_over && waiting.is_empty()) {
         let deadline = match waiting.front() {
-            Some((since, _)) => *since + PATIENCE,
+            Some(first) => first.since + PATIENCE,
             None => rules.used + IDLE,
         };
         tokio::select! {
             item = news.recv(), if !is_over && waiting.len() < MAX_WAITING => match item {
                 Some(item) => {
-                    if has_cause_here(&item) {
+                    let is_wanted = has_cause_here(&item) && is_wanted();
+                    if is_wanted {
                         rules.want();
                     }
-                    waiting.push_back((Instant::now(), item));
+                    waiting.push_back(Waiting { since: Instant::now(), item, is_wanted });
                 }
                 None => is_over = true,
             },
@@ -56,23 +61,32 @@ pub async fn annotate(mut news: mpsc::Receiver<News>, annotated: mpsc::Sender<Ne
             }
         }
         let now = Instant::now();
-        while let Some((since, item)) = waiting.front() {
-            let is_late = now >= *since + PATIENCE || waiting.len() >= MAX_WAITING;
-            let must_wait = has_cause_here(item) && rules.are_coming() && !is_late;
-            if must_wait {
+        while let Some(first) = waiting.front() {
+            let is_late = now >= first.since + PATIENCE || waiting.len() >= MAX_WAITING;
+            if first.is_wanted && rules.are_coming() && !is_late {
                 break;
             }
-            let Some((_, item)) = waiting.pop_front() else { break };
-            if annotated.send(rules.annotated(item)).await.is_err() {
+            let Some(first) = waiting.pop_front() else { break };
+            let item = if first.is_wanted { rules.annotated(first.item) } else { first.item };
+            if annotated.send(item).await.is_err() {
                 return;
             }
         }
     }
 }
 
-/// Whether it is this node's rules that may explain it: what was dropped here was broken by its sender.
+/// Whether it is this node's rules that may explain it: what was dropped here was broken by its
+/// sender.
 fn has_cause_here(item: &News) -> bool {
     matches!(item, News::Event(event) if event.direction == Direction::Egress)
+}
+
+/// News on their way.
+struct Waiting {
+    since: Instant,
+    item: News,
+    /// It is to be explained.
+    is_wanted: bool,
 }
 
 /// The rules that packets are explained by.
@@ -141,10 +155,7 @@ impl Rules {
     }
 
     fn annotated(&mut self, item: News) -> News {
-        let mut event = match item {
-            News::Event(event) if event.direction == Direction::Egress => event,
-            other => return other,
-        };
+        let News::Event(mut event) = item else { return item };
         let cause = match &mut self.explainer {
             Some(explainer) => explainer.explain(&event),
             None => without_rules(&event, "reading them takes long"),

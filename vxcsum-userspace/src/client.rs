@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use vxcsum_common::layout::FixMode;
 
 use crate::cause::Narrator;
@@ -35,6 +36,19 @@ enum Said {
     Stall(Box<stalls::Line>),
     Event(Box<Event>),
     Summary(Box<Summary>),
+    /// An event or a stall that goes on as it is.
+    #[serde(skip)]
+    Passed {
+        is_stall: bool,
+    },
+}
+
+/// What only events and stalls have.
+#[derive(Deserialize)]
+struct Timed {
+    #[serde(rename = "time")]
+    _time: IgnoredAny,
+    stall: Option<IgnoredAny>,
 }
 
 impl Daemon {
@@ -58,13 +72,17 @@ impl Daemon {
         Ok(Self { stream: BufReader::new(stream) })
     }
 
-    /// The next line; none when the daemon has ended.
-    fn next(&mut self) -> Result<Option<(String, Said)>> {
+    /// The next line; none when the daemon has ended. With `pass`, events and stalls are not
+    /// read.
+    fn next(&mut self, pass: bool) -> Result<Option<(String, Said)>> {
         let mut line = String::new();
         if self.stream.read_line(&mut line).context("cannot read from the daemon")? == 0 {
             return Ok(None);
         }
         line.truncate(line.trim_end().len());
+        if pass && let Ok(timed) = serde_json::from_str::<Timed>(&line) {
+            return Ok(Some((line, Said::Passed { is_stall: timed.stall.is_some() })));
+        }
         let said = serde_json::from_str(&line)
             .with_context(|| format!("the daemon speaks another version's language: {line}"))?;
         match said {
@@ -100,10 +118,10 @@ pub fn tail(socket: &Path, filter: Filter, limit: Option<u64>, json: bool) -> Re
     let mut left = limit.unwrap_or(u64::MAX);
     let mut narrator = Narrator::default();
     while left > 0 && daemon.wait()? {
-        let Some((line, said)) = daemon.next()? else { break };
-        let is_counted = only_stalls || !matches!(said, Said::Stall(_));
+        let Some((line, said)) = daemon.next(json)? else { break };
+        let is_stall = matches!(said, Said::Stall(_) | Said::Passed { is_stall: true });
         let written = match said {
-            Said::Event(_) | Said::Stall(_) if json => writeln!(out, "{line}"),
+            Said::Passed { .. } => writeln!(out, "{line}"),
             Said::Event(event) => narrator.write(&mut out, &event),
             Said::Stall(line) => writeln!(out, "{line}"),
             Said::Notice(Notice::Missed(count)) => {
@@ -120,7 +138,7 @@ pub fn tail(socket: &Path, filter: Filter, limit: Option<u64>, json: bool) -> Re
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
             other => other.context("cannot write to standard output")?,
         }
-        left -= u64::from(is_counted);
+        left -= u64::from(only_stalls || !is_stall);
     }
     Ok(())
 }
@@ -144,7 +162,7 @@ pub fn status(socket: &Path, json: bool) -> Result<()> {
 }
 
 fn summary(socket: &Path) -> Result<Summary> {
-    match Daemon::ask(socket, &Command::Status {})?.next()? {
+    match Daemon::ask(socket, &Command::Status {})?.next(false)? {
         Some((_, Said::Summary(summary))) => Ok(*summary),
         _ => bail!("the daemon did not answer"),
     }
@@ -152,7 +170,7 @@ fn summary(socket: &Path) -> Result<Summary> {
 
 /// Switches the fix mode.
 pub fn fix(socket: &Path, mode: FixMode) -> Result<()> {
-    match Daemon::ask(socket, &Command::Fix { mode })?.next()? {
+    match Daemon::ask(socket, &Command::Fix { mode })?.next(false)? {
         Some((_, Said::Notice(Notice::Fix(mode)))) => {
             println!("fix {}", mode.as_str());
             Ok(())

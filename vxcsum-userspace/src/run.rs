@@ -80,9 +80,11 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     let stalls = Arc::new(Mutex::new(Stalls::default()));
     let (to_annotator, observed) = mpsc::channel(QUEUE_LEN);
     let (to_distributor, annotated) = mpsc::channel(QUEUE_LEN);
+    let (is_printing, clients) = (printing.is_some(), to_clients.clone());
+    let is_wanted = move || is_printing || clients.events.receiver_count() > 0;
     let telling = [
         tokio::spawn(observe(recorded, to_annotator, stalls.clone())),
-        tokio::spawn(annotate(observed, to_distributor)),
+        tokio::spawn(annotate(observed, to_distributor, is_wanted)),
         tokio::spawn(distribute(annotated, printing, to_clients.clone())),
     ];
 
