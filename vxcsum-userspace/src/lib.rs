@@ -8,6 +8,7 @@ pub mod changes;
 pub mod cli;
 pub mod client;
 pub mod config;
+pub mod doctor;
 pub mod event;
 pub mod links;
 pub mod logging;
