@@ -390,6 +390,27 @@ fn snat_of_the_port_counts_as_evidence() -> Result<()> {
     cures(&lab, "return_rule")
 }
 
+/// Retransmissions that stay on one entry of connection tracking: it has to be forgotten as well.
+#[test]
+fn known_connections_are_cured_as_well() -> Result<()> {
+    let srcport = Some((40000, 40001));
+    let lab = LabConfig { srcport, nat: MASQUERADE, ..LabConfig::default() }.start()?;
+    cures(&lab, "unmark_rule")
+}
+
+/// Without `--random-fully`, the source port stays.
+#[test]
+fn masquerade_that_keeps_the_port_is_a_note() -> Result<()> {
+    let lab = lab(Family::V4, Nat::Masquerade { random_fully: false })?;
+    assert!(!stalls(&lab)?);
+    let report = doctor(&lab.a)?;
+    assert_eq!(report.verdict, "fine", "{report:#?}");
+    assert_eq!(report.severity("nat_stale_sum"), Some("note"), "{report:#?}");
+    assert!(report.summary.ends_with("nothing rewrites them"), "{report:#?}");
+    assert!(report.remedies.is_empty(), "{report:#?}");
+    Ok(())
+}
+
 /// A device that sends zeroes, on a kernel that leaves them alone.
 #[test]
 fn nat_does_no_harm_to_zeroes() -> Result<()> {

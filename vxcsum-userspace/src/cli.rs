@@ -129,9 +129,9 @@ impl FixArgs {
 }
 
 const DOCTOR_HELP: &str = "\
-Looks at the kernel, VXLAN devices and their NICs, NAT rules, connection tracking, and the counters
-of this node as a receiver, in the network namespace that it runs in. Needs no BPF and no daemon, and
-changes nothing. Without root it sees less, and says what it could not see.
+Looks at the kernel, VXLAN devices and their NICs, NAT rules, connection tracking, and the
+counters of this node as a receiver, in the network namespace that it runs in. Needs no BPF and
+no daemon, and changes nothing. Without root it sees less, and says what it could not see.
 
 Examples:
   vxcsum doctor                                  look for three seconds
@@ -149,7 +149,12 @@ pub struct DoctorArgs {
     pub json: bool,
 
     /// How long to watch counters, in seconds; 0 for no waiting, and no rates
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(..=86_400))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 3,
+        value_parser = clap::value_parser!(u32).range(..=86_400)
+    )]
     pub seconds: u32,
 }
 

@@ -59,6 +59,9 @@ pub struct Hit {
     pub mark: Option<Mark>,
     /// All that leads to it was understood, and matches.
     pub is_certain: bool,
+    /// It masquerades to the address that the packet has, and changes the port only where another
+    /// flow has the same (no `--random-fully`).
+    pub keeps_source: bool,
 }
 
 /// A base chain.

@@ -143,19 +143,21 @@ fn judge_nat(facts: &Facts, device: &Device, fix: ZeroSumFix) -> Option<Finding>
 
     let counted = |hit: &&Hit| hit.is_specific && hit.rule.packets.unwrap_or(0) > 0;
     let is_now = rewritten.is_some() || hits.iter().any(counted);
-    let does = if is_now {
-        "NAT rewrites its tunnel packets"
-    } else {
-        "a NAT rule can match its \
-        tunnel packets; none is seen to be rewritten now"
-    };
     // A rule that is not understood in full, and packets that went by it untouched.
     let is_refuted = !hits.iter().any(|hit| hit.is_certain)
         && matches!(&facts.tracking, Tracking::Seen(entries) if entries.total > 0);
-    let severity = match (is_now, is_refuted) {
-        (true, _) => Severity::Problem,
-        (false, true) => Severity::Note,
-        (false, false) => Severity::Risk,
+    let keeps_source = hits.iter().all(|hit| hit.keeps_source);
+    let (severity, does) = if is_now {
+        (Severity::Problem, "NAT rewrites its tunnel packets")
+    } else if keeps_source {
+        (
+            Severity::Note,
+            "a NAT rule can match its tunnel packets, but changes them only where two flows have \
+             the same source port",
+        )
+    } else {
+        let severity = if is_refuted { Severity::Note } else { Severity::Risk };
+        (severity, "a NAT rule can match its tunnel packets; none is seen to be rewritten now")
     };
     let (id, severity, text) = match exposure(device, fix) {
         Exposure::StaleSum => (
@@ -447,6 +449,10 @@ fn verdict(facts: &Facts, fix: ZeroSumFix, findings: &[Finding]) -> (Verdict, St
         (Tracking::Unused, _) => {
             (Verdict::Fine, format!("no NAT here, so nothing rewrites the packets of {names}"))
         }
+        (_, true) if findings.iter().any(|finding| finding.id.starts_with("nat_")) => (
+            Verdict::Fine,
+            format!("NAT rules may match the packets of {names}, but nothing rewrites them"),
+        ),
         (_, true) => (Verdict::Fine, format!("no NAT rule matches the packets of {names}")),
         (Tracking::Seen(_), false) => (
             Verdict::CannotTell,

@@ -98,7 +98,14 @@ fn keep_nat_off(facts: &Facts, device: &Device) -> Option<Remedy> {
     let mut commands: Vec<String> = commands;
     let mut seen = BTreeSet::new();
     commands.retain(|command| seen.insert(command.clone()));
-    commands.extend(forget(facts, device));
+    let forget = forget(facts, device);
+    let text = match &forget {
+        Some(_) => text,
+        None => {
+            text + "; flows that are known go on as they are until they pause for half a minute"
+        }
+    };
+    commands.extend(forget);
     Some(Remedy {
         id,
         text,

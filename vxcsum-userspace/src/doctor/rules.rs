@@ -7,7 +7,7 @@ use crate::doctor::devices::Device;
 use crate::doctor::facts::{ChecksumWriter, Entry, Fate, Hit, KubeProxy, Mark, Rules};
 use crate::doctor::report::{self, Unseen};
 use crate::netfilter::walk::{Met, Packet, Rewritten, Walked, walk};
-use crate::netfilter::{Property, Ruleset, Step, Test};
+use crate::netfilter::{Nat, Property, Ruleset, Step, Test};
 
 /// The mark of kube-proxy, unless `--iptables-masquerade-bit` says otherwise.
 const MASQUERADE_MARK: u32 = 0x4000;
@@ -94,7 +94,20 @@ fn hit(ruleset: &Ruleset, device: &Device, met: &Met, mark: Option<Mark>) -> Hit
         is_specific,
         mark,
         is_certain,
+        keeps_source: keeps_source(ruleset, device, met),
     }
+}
+
+/// Masquerading takes the first address of the interface (`inet_select_addr`, net/ipv4/devinet.c).
+fn keeps_source(ruleset: &Ruleset, device: &Device, met: &Met) -> bool {
+    let (_, rule) = ruleset.rule(met.place());
+    let is_plain = |step: &Step| matches!(step, Step::Nat(nat) if *nat == Nat::default());
+    let mut own = ruleset.local_addresses.iter().filter(|(name, address)| {
+        Some(name) == device.leaves_by.as_ref() && address.is_ipv6() == device.is_ipv6
+    });
+    let is_first = own.next().is_some_and(|(_, address)| Some(*address) == device.local);
+    // Every way to ask for another port has the word in it: --random, fully-random.
+    is_first && !rule.text.contains("random") && rule.steps.iter().any(is_plain)
 }
 
 /// A tunnel packet as this device makes it.

@@ -86,6 +86,7 @@ fn hit(is_certain: bool) -> Hit {
         is_specific: false,
         mark: None,
         is_certain,
+        keeps_source: false,
     }
 }
 
