@@ -16,7 +16,7 @@ use vxcsum_tests::netns::NetNs;
 use vxcsum_tests::traffic::{self, TcpServer};
 
 /// The doctor runs other programs, on a machine that may be busy.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_mins(1);
 /// A healthy connect takes a few milliseconds; a lost SYN is sent again after a second.
 const STALL: Duration = Duration::from_millis(700);
 const MASQUERADE: Nat = Nat::Masquerade { random_fully: true };
@@ -69,7 +69,6 @@ struct Unseen {
 struct Kernel {
     release: String,
     class1_fix: String,
-    class2_measured: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -130,7 +129,8 @@ struct Count {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Port {
-    port: u16,
+    #[serde(rename = "port")]
+    number: u16,
     total: u64,
     risen: u64,
 }
@@ -212,7 +212,6 @@ fn kernel_is_the_running_one() -> Result<()> {
     let kernel = doctor(&ns)?.kernel;
     assert_eq!(kernel.release, ns.run("uname -r")?.trim());
     assert_eq!(kernel.class1_fix, "carried");
-    let _ = kernel.class2_measured;
     Ok(())
 }
 
@@ -513,29 +512,28 @@ fn receiver_sees_what_it_drops() -> Result<()> {
 
         // A SYN that is sent again and again while the doctor looks.
         let server = TcpServer::start(&lab.b, (lab.inner_b(), 0).into())?;
+        let long = Duration::from_secs(8);
         let report = std::thread::scope(|scope| {
-            let syns = scope
-                .spawn(|| traffic::try_connect(&lab.a, server.address(), Duration::from_secs(8)));
-            let report =
-                run(&lab.b, &["doctor", "--seconds=5", "--json"]).and_then(|it| report_of(&it));
-            syns.join().map(|_| report).unwrap_or_else(|_| panic!("no traffic"))
+            let syns = scope.spawn(|| traffic::try_connect(&lab.a, server.address(), long));
+            let ended = run(&lab.b, &["doctor", "--seconds=5", "--json"]);
+            ensure!(syns.join().is_ok_and(|tried| matches!(tried, Ok(None))), "no stall");
+            report_of(&ended?)
         })?;
         assert_eq!(report.verdict, "broken", "{report:#?}");
         assert_eq!(report.severity("received_bad_sums"), Some("problem"), "{report:#?}");
         assert!(report.receive.seconds >= 5.0);
         let [port] = &report.receive.ports[..] else { panic!("{report:#?}") };
-        assert!(port.port == 8472 && port.risen > 0 && port.total >= port.risen, "{port:?}");
-        let errors = match outer {
-            Family::V4 => report.receive.udp_in_csum_errors,
-            Family::V6 => report.receive.udp6_in_csum_errors,
-        };
-        assert_eq!(errors, Some(Count { total: port.total, risen: port.risen }));
-        assert!(counters::port_drops(&lab.b, outer, 8472)? >= port.total);
-
+        assert!(port.number == 8472 && port.risen > 0 && port.total >= port.risen, "{port:?}");
         // Long ago is worth a note.
         let report = doctor(&lab.b)?;
         assert_eq!(report.severity("received_bad_sums"), Some("note"), "{report:#?}");
         assert_eq!(report.verdict, "fine", "{report:#?}");
+        let total = counters::port_drops(&lab.b, outer, 8472)?;
+        let errors = match outer {
+            Family::V4 => report.receive.udp_in_csum_errors,
+            Family::V6 => report.receive.udp6_in_csum_errors,
+        };
+        assert_eq!(errors, Some(Count { total, risen: 0 }));
     }
     Ok(())
 }

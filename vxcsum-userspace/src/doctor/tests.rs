@@ -18,13 +18,13 @@ use crate::netfilter::Backend;
 const RHEL7: &str = "3.10.0-1160.el7.x86_64";
 const NEW: &str = "6.18.44";
 
-fn offloads(driver: &str, features: &[(&str, bool)]) -> Result<Offloads, String> {
+fn offloads(driver: &str, features: &[(&str, bool)]) -> Offloads {
     let features = features.iter().map(|&(name, is_on)| (name.to_owned(), is_on)).collect();
-    Ok(Offloads { driver: Some(driver.to_owned()), features })
+    Offloads { driver: Some(driver.to_owned()), features }
 }
 
 fn underlay(driver: &str) -> Underlay {
-    let offloads = offloads(driver, &[("tx-udp_tnl-csum-segmentation", true)]);
+    let offloads = Ok(offloads(driver, &[("tx-udp_tnl-csum-segmentation", true)]));
     Underlay { name: "ens192".to_owned(), offloads }
 }
 
@@ -39,9 +39,12 @@ fn device(policy: Policy) -> Device {
         remotes: Vec::new(),
         is_ipv6: false,
         policy,
-        offloads: offloads("vxlan", &[("tx-checksum-ip-generic", true)]),
+        offloads: Ok(offloads("vxlan", &[("tx-checksum-ip-generic", true)])),
         leaves_by: Some("ens192".to_owned()),
-        underlays: vec![Underlay { name: "ens192".to_owned(), offloads: offloads("e1000", &[]) }],
+        underlays: vec![Underlay {
+            name: "ens192".to_owned(),
+            offloads: Ok(offloads("e1000", &[])),
+        }],
     }
 }
 
@@ -149,7 +152,7 @@ fn where_it_cannot_be_told_what_nat_does() {
 #[test]
 fn offload_off_makes_nat_harmless() {
     let device = Device {
-        offloads: offloads("vxlan", &[("tx-checksum-ip-generic", false)]),
+        offloads: Ok(offloads("vxlan", &[("tx-checksum-ip-generic", false)])),
         ..device(Policy::Sum)
     };
     let report = judge(&Facts { tracking: seen(true), ..facts(NEW, device) });
@@ -234,7 +237,7 @@ fn one_command_for_all_rules_of_a_device() {
     let marked = |bits, backend| {
         let mark = Some(Mark { bits, fate: Fate::default() });
         let entry = Entry { backend, ..hit(true).entry };
-        Hit { mark, entry, ..hit(true) }
+        Hit { entry, mark, ..hit(true) }
     };
     let command = |hits| {
         let rules = Rules { hits, ..Rules::default() };
