@@ -203,7 +203,11 @@ fn offload_off(facts: &Facts, device: &Device, remedies: &mut Vec<Remedy>) {
                 tunnel goes with it";
     remedies.push(Remedy {
         id: "offload_off",
-        text: format!("Complete inner checksums in {}, before NAT", device.name),
+        text: format!(
+            "Complete inner checksums in {}, before NAT{}",
+            device.name,
+            needs_ethtool(facts)
+        ),
         command: Some(format!("ethtool -K {name} tx-checksum-ip-generic off")),
         cost,
         survives_reboot: false,
@@ -215,6 +219,11 @@ fn offload_off(facts: &Facts, device: &Device, remedies: &mut Vec<Remedy>) {
         cost,
         survives_reboot: true,
     });
+}
+
+fn needs_ethtool(facts: &Facts) -> &'static str {
+    let is_there = facts.tools.contains_key("ethtool");
+    if is_there { "" } else { " (needs ethtool, which is not installed)" }
 }
 
 /// A udev rule in a file of its own, which udev notices by itself. It acts when the device is made.

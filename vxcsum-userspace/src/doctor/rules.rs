@@ -16,6 +16,7 @@ const MAX_MARKS: usize = 8;
 /// Nodes are many, and rules that tell one from another are few.
 const MAX_REMOTES: usize = 4;
 const UDP: u8 = 17;
+const TOO_MANY: &str = "there are too many to follow a packet through all of them";
 
 /// Follows the packets of every device through these rules.
 pub fn of_ruleset(ruleset: &Ruleset, devices: &[Device]) -> Rules {
@@ -42,6 +43,11 @@ fn add_device(ruleset: &Ruleset, device: &Device, rules: &mut Rules) {
     let remotes: Vec<Option<IpAddr>> = remotes.collect();
     for &to in if remotes.is_empty() { &[None][..] } else { &remotes } {
         let plain = outer(ruleset, device, to, 0);
+        let is_told = rules.unread.iter().any(|unread| unread.why == TOO_MANY);
+        if plain.is_cut && !is_told {
+            let why = TOO_MANY.to_owned();
+            rules.unread.push(Unseen { what: "rules".to_owned(), why });
+        }
         for met in &plain.set_checksum {
             let rule = shown(ruleset, met);
             let writer = ChecksumWriter { device: device.name.clone(), rule };
