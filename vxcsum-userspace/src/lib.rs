@@ -13,6 +13,7 @@ pub mod event;
 pub mod links;
 pub mod logging;
 pub mod metrics;
+pub mod modules;
 pub mod names;
 pub mod netfilter;
 pub mod plan;

@@ -3,7 +3,7 @@
 //! Looking must not change anything: asking for a netlink subsystem loads its module, so that is
 //! done only where it is there already.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufRead as _, BufReader};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -18,13 +18,19 @@ use netlink_packet_netfilter::{
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr as NetlinkAddress};
 
+use crate::modules;
+
 /// How many entries are kept as evidence; all are counted.
 const MAX_EXAMPLES: usize = 3;
+
+const NO_NETLINK: &str = "this kernel has no /proc/net/nf_conntrack, and its module \
+                          nf_conntrack_netlink is not loaded: `modprobe nf_conntrack_netlink` and \
+                          try again";
 
 /// What could be seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Tracking {
-    /// This kernel tracks no connections, so nothing can be rewritten by NAT.
+    /// This kernel has no NAT now, or tracks no connections for it.
     Unused,
     /// What entries say.
     Seen(Entries),
@@ -103,6 +109,9 @@ impl Entries {
 impl Tracking {
     /// Looks at the entries of what the addresses `own` send to `ports`.
     pub fn read(ports: &[u16], own: &[IpAddr]) -> Self {
+        if !modules::may_be_there("nf_nat") {
+            return Self::Unused;
+        }
         let mut entries = Entries::default();
         let file = File::open("/proc/self/net/nf_conntrack").and_then(|file| {
             for line in BufReader::new(file).lines() {
@@ -114,21 +123,18 @@ impl Tracking {
         });
         let unseen = match file {
             Ok(()) => return Self::Seen(entries),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => match Module::find() {
-                Module::NoTracking => return Self::Unused,
-                Module::NoNetlink => {
-                    return Self::Unseen(
-                        "this kernel has no /proc/net/nf_conntrack, and its module \
-                         nf_conntrack_netlink is not loaded: `modprobe nf_conntrack_netlink` and \
-                         try again"
-                            .to_owned(),
-                    );
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if !Path::new("/proc/sys/net/netfilter/nf_conntrack_count").exists() {
+                    return Self::Unused;
                 }
-                Module::Netlink => match Entries::by_netlink(ports, own) {
+                if !modules::may_be_there("nf_conntrack_netlink") {
+                    return Self::Unseen(NO_NETLINK.to_owned());
+                }
+                match Entries::by_netlink(ports, own) {
                     Ok(entries) => return Self::Seen(entries),
                     Err(error) => error,
-                },
-            },
+                }
+            }
             Err(error) => error,
         };
         Self::Unseen(match unseen.kind() {
@@ -137,33 +143,6 @@ impl Tracking {
             }
             _ => format!("{unseen}"),
         })
-    }
-}
-
-/// What there is without loading anything.
-enum Module {
-    NoTracking,
-    NoNetlink,
-    Netlink,
-}
-
-impl Module {
-    fn find() -> Self {
-        let is_there = |path: &str| Path::new(path).exists();
-        if !is_there("/proc/sys/net/netfilter/nf_conntrack_count") {
-            return Self::NoTracking;
-        }
-        // A kernel without modules can load none, and a built-in one has no folder here.
-        let is_built_in = || {
-            let release = nix::sys::utsname::uname().ok()?;
-            let release = release.release().to_str()?;
-            let path = format!("/lib/modules/{release}/modules.builtin");
-            Some(fs::read_to_string(path).ok()?.contains("/nf_conntrack_netlink.ko"))
-        };
-        let has_netlink = is_there("/sys/module/nf_conntrack_netlink")
-            || !is_there("/proc/modules")
-            || is_built_in() == Some(true);
-        if has_netlink { Self::Netlink } else { Self::NoNetlink }
     }
 }
 
