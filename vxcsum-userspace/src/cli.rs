@@ -42,6 +42,9 @@ pub enum Command {
     Status(StatusArgs),
     /// Switch the fix mode of the running daemon (root only)
     Fix(FixArgs),
+    /// Diagnose this node once: what breaks packets, what shows it, and the command that ends it
+    #[command(after_help = DOCTOR_HELP)]
+    Doctor(DoctorArgs),
     /// Judge the packets of capture files, or of a capture on standard input
     #[command(after_help = check::args::HELP)]
     Check(check::args::CheckArgs),
@@ -145,6 +148,36 @@ impl FixArgs {
     pub const fn mode(&self) -> FixMode {
         self.mode.mode()
     }
+}
+
+const DOCTOR_HELP: &str = "\
+Looks at the kernel, VXLAN devices and their NICs, NAT rules, connection tracking, and the
+counters of this node as a receiver, in the network namespace that it runs in. Needs no BPF and
+no daemon, and changes nothing. Without root it sees less, and says what it could not see.
+
+Examples:
+  vxcsum doctor                                  look for three seconds
+  vxcsum doctor --seconds 60                     wait for a slow stall
+  vxcsum doctor --seconds 0 --json | jq .        for scripts
+  nsenter -t PID -n vxcsum doctor                in the network namespace of a process
+
+Exit codes: 0 fine, 1 broken or at risk, 2 wrong usage, or too little could be seen to tell.";
+
+/// Options of `vxcsum doctor`.
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+
+    /// How long to watch counters, in seconds; 0 for no waiting, and no rates
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 3,
+        value_parser = clap::value_parser!(u32).range(..=86_400)
+    )]
+    pub seconds: u32,
 }
 
 const RUN_HELP: &str = "\

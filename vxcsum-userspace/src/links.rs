@@ -103,6 +103,16 @@ pub async fn sent_packets() -> Result<BTreeMap<u32, u64>, LinksError> {
     Ok(sent)
 }
 
+/// The nodes that VXLAN devices know by their forwarding entries, by index of the device.
+pub async fn remotes() -> Result<BTreeMap<u32, BTreeSet<IpAddr>>, LinksError> {
+    let (connection, handle, _) = rtnetlink::new_connection()
+        .map_err(|error| LinksError { what: "its forwarding entries", source: error.into() })?;
+    let connection = tokio::spawn(connection);
+    let remotes = forwarding_entries(&handle).await;
+    connection.abort();
+    remotes
+}
+
 impl Links {
     /// Asks the kernel.
     pub async fn read() -> Result<Self, LinksError> {

@@ -1,11 +1,13 @@
 //! The `vxcsum` command.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
+use tokio::runtime::Runtime;
 use vxcsum::cli::{Cli, Command};
-use vxcsum::{check, client, logging, run};
+use vxcsum::{check, client, doctor, logging, run};
 
 /// Wrong usage, or it cannot run.
 const CANNOT_RUN: u8 = 2;
@@ -32,10 +34,7 @@ fn execute(cli: Cli) -> Result<ExitCode> {
                 return Ok(ExitCode::SUCCESS);
             }
             logging::start(options.log_format);
-            tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .context("cannot start the event loop")?
+            event_loop()?
                 .block_on(run::run(options, || args.options().map(|(options, _)| options)))?;
         }
         Command::Tail(args) => {
@@ -44,6 +43,17 @@ fn execute(cli: Cli) -> Result<ExitCode> {
         Command::Status(args) => client::status(&args.socket.socket, args.json)?,
         Command::Fix(args) => client::fix(&args.socket.socket, args.mode())?,
         Command::Check(args) => return check::run(&args),
+        Command::Doctor(args) => {
+            let watch = Duration::from_secs(args.seconds.into());
+            let report = event_loop()?.block_on(doctor::diagnose(watch));
+            report.print(args.json).context("cannot write to standard output")?;
+            return Ok(ExitCode::from(report.verdict.exit_code()));
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn event_loop() -> Result<Runtime> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().build().context("cannot start the event loop")
 }

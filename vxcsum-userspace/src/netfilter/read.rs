@@ -7,6 +7,7 @@ use nix::ifaddrs::getifaddrs;
 
 use super::nft::RawTable;
 use super::{Backend, Chain, Family, Ruleset, legacy, nft, process, save};
+use crate::modules;
 
 /// For all that is asked of other programs together: longer than they take for rules that a node
 /// can bear.
@@ -21,7 +22,10 @@ pub fn read() -> Ruleset {
     for family in [Family::Ipv4, Family::Ipv6] {
         read_legacy(family, &mut chains, &mut unread);
     }
-    read_nf_tables(&mut chains, &mut unread);
+    // Asking would load it; where it is not, it has no rules.
+    if modules::may_be_there("nf_tables") {
+        read_nf_tables(&mut chains, &mut unread);
+    }
     Ruleset::new(chains, local_addresses(), unread)
 }
 
