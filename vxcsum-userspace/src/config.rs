@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
-use crate::cli::{AttachArg, FixArg, LogFormat, PolicyArg};
+use crate::cli::{AttachArg, FixArg, LogFormat, PolicyArg, TransportArg};
 
 /// Read where no other file is named; need not be there.
 pub const DEFAULT_CONFIG: &str = "/etc/vxcsum/vxcsum.toml";
@@ -25,6 +25,8 @@ pub struct Config {
     pub fix_unproven: Option<bool>,
     pub events_per_second: Option<u32>,
     pub attach: Option<AttachArg>,
+    pub transport: Option<TransportArg>,
+    pub btf: Option<PathBuf>,
     pub ring_kib: Option<u32>,
     pub socket: Option<PathBuf>,
     pub socket_group: Option<String>,
@@ -35,7 +37,7 @@ pub struct Config {
 }
 
 /// Every key, for suggestions.
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 16] = [
     "interface",
     "port",
     "policy",
@@ -43,6 +45,8 @@ const KEYS: [&str; 14] = [
     "fix-unproven",
     "events-per-second",
     "attach",
+    "transport",
+    "btf",
     "ring-kib",
     "socket",
     "socket-group",
@@ -136,6 +140,8 @@ mod tests {
             fix-unproven = false
             events-per-second = 10
             attach = "clsact"
+            transport = "perf"
+            btf = "/boot/btf"
             ring-kib = 256
             socket = "/run/x.sock"
             socket-group = "adm"

@@ -9,9 +9,11 @@ use vxcsum_common::Verdict;
 use vxcsum_common::layout::{FixMode, Report};
 
 use crate::attach::Method;
+use crate::kernel::{Kernel, Missing};
 use crate::names;
 use crate::stalls::Overview;
 use crate::supervisor::Counted;
+use crate::transport::Transport;
 
 /// All interfaces.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -19,6 +21,10 @@ pub struct Summary {
     /// What is written into broken packets.
     #[serde(with = "names::fix_mode")]
     pub fix: FixMode,
+    #[serde(with = "names::transport")]
+    transport: Transport,
+    /// What the kernel lacks.
+    missing: Vec<Missing>,
     events: Events,
     interfaces: Vec<Interface>,
     stalls: Overview,
@@ -58,9 +64,11 @@ struct OnWire {
 
 impl Summary {
     /// Of all interfaces, by what their programs have counted.
-    pub fn new(fix: FixMode, interfaces: Vec<Counted>) -> Self {
+    pub fn new(fix: FixMode, kernel: &Kernel, interfaces: Vec<Counted>) -> Self {
         let mut summary = Self {
             fix,
+            transport: kernel.transport,
+            missing: kernel.missing.clone(),
             events: Events::default(),
             interfaces: Vec::new(),
             stalls: Overview::default(),
@@ -143,7 +151,7 @@ impl Table<'_> {
 
 impl Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Summary { fix, events, interfaces, stalls } = self.summary;
+        let Summary { fix, transport, missing, events, interfaces, stalls } = self.summary;
         if interfaces.is_empty() {
             writeln!(f, "no interface is watched")?;
         }
@@ -187,11 +195,15 @@ impl Display for Table<'_> {
             }
         }
         stalls.fmt(f)?;
+        for missing in missing {
+            writeln!(f, "{missing}")?;
+        }
         let Events { emitted, suppressed, lost } = events;
         write!(
             f,
-            "fix {}; events: {emitted} emitted, {suppressed} suppressed, {lost} lost",
-            fix.as_str()
+            "fix {}; events ({}): {emitted} emitted, {suppressed} suppressed, {lost} lost",
+            fix.as_str(),
+            transport.as_str()
         )
     }
 }
@@ -201,6 +213,12 @@ mod tests {
     use vxcsum_common::layout::Counters;
 
     use super::*;
+
+    fn kernel() -> Kernel {
+        let [feature, reason, cost] = ["tcx", "unknown", "clsact"].map(str::to_owned);
+        let missing = vec![Missing { feature, reason, cost }];
+        Kernel { transport: Transport::Perf, skb_layout: None, missing }
+    }
 
     fn counted(packets: u64) -> Vec<Counted> {
         let mut counters = Counters { not_vxlan: 2, zeroed: 1, ..Counters::default() };
@@ -216,9 +234,13 @@ mod tests {
 
     #[test]
     fn json_is_as_documented() {
-        let summary = Summary::new(FixMode::Zero, counted(3));
+        let summary = Summary::new(FixMode::Zero, &kernel(), counted(3));
         let json = serde_json::to_value(&summary).unwrap();
         assert_eq!(json["fix"], "zero");
+        assert_eq!(
+            (&json["transport"], &json["missing"][0]["feature"]),
+            (&"perf".into(), &"tcx".into())
+        );
         assert_eq!(json["events"]["emitted"], 3);
         let interface = &json["interfaces"][0];
         assert_eq!(interface["name"], "eth0");
@@ -233,13 +255,17 @@ mod tests {
 
     #[test]
     fn the_table_shows_rates_and_what_is_broken() {
-        let earlier = Summary::new(FixMode::Off, counted(3));
-        let now = Summary::new(FixMode::Off, counted(5));
+        let earlier = Summary::new(FixMode::Off, &kernel(), counted(3));
+        let now = Summary::new(FixMode::Off, &kernel(), counted(5));
         let table = now.table(&earlier, Duration::from_secs(2)).to_string();
         let row = table.lines().find(|line| line.contains("stale_nat")).unwrap();
         assert!(row.contains("1.0/s") && row.ends_with("broken"), "{table}");
         assert!(!table.contains("STARVED"), "{table}");
-        assert!(table.ends_with("fix off; events: 5 emitted, 0 suppressed, 0 lost"), "{table}");
+        assert!(
+            table.ends_with("fix off; events (perf): 5 emitted, 0 suppressed, 0 lost"),
+            "{table}"
+        );
+        assert!(table.contains("\nno tcx (unknown): clsact\n"), "{table}");
     }
 
     #[test]
@@ -247,7 +273,7 @@ mod tests {
         let at = |sent| {
             let mut counted = counted(3);
             counted[0].sent_packets = Some(sent);
-            Summary::new(FixMode::Off, counted)
+            Summary::new(FixMode::Off, &kernel(), counted)
         };
         let table = |sent| at(sent).table(&at(100), Duration::from_secs(1)).to_string();
         assert!(table(200).contains("STARVED: the NIC has sent 100 packets"), "{}", table(200));

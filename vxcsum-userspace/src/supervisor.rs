@@ -1,22 +1,26 @@
 //! Keeps the right interfaces watched, as devices come, change and go.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result, bail};
-use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
+use futures_util::future::select_all;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use vxcsum_common::layout::{Counters, FixMode, SkbLayout};
+use vxcsum_common::layout::{Counters, FixMode, Report};
 
 use crate::attach::{Attachment, Claim, Method};
 use crate::event::{Event, Source};
+use crate::kernel::Kernel;
 use crate::links::{Link, Links};
 use crate::plan::{Plan, Wish};
 use crate::program::{LoadOptions, Program};
 use crate::stalls::Follower;
+use crate::transport::{Buffer, Taken, Transport};
 
 /// What to watch, and how.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,13 +31,13 @@ pub struct Options {
     pub wish: Wish,
     /// How to attach; the best that the kernel has where that is left open.
     pub method: Option<Method>,
-    /// Size of each ring buffer in bytes.
+    /// Size of the event buffers of each interface in bytes.
     pub ring_len: u32,
     /// Show the debug log of the BPF program.
     pub bpf_log: bool,
 }
 
-/// What comes out of a ring buffer.
+/// What comes out of an event buffer.
 #[derive(Clone)]
 pub enum Record {
     /// A broken packet, or one of a flow that is followed, and who follows flows there.
@@ -58,7 +62,7 @@ pub struct Counted {
 /// All watched interfaces.
 pub struct Supervisor {
     options: Options,
-    skb_layout: Option<SkbLayout>,
+    kernel: Kernel,
     records: mpsc::Sender<Record>,
     watched: BTreeMap<u32, Watched>,
     /// What programs had counted that are gone, by interface.
@@ -75,19 +79,31 @@ struct Watched {
     claim: Claim,
     source: watch::Sender<Arc<Source>>,
     stop: watch::Sender<bool>,
+    arrived: Arc<Arrived>,
     reader: JoinHandle<()>,
+}
+
+/// Where the records of one program go, and who follows flows there.
+struct Records {
+    to: mpsc::Sender<Record>,
+    follower: Follower,
+}
+
+/// What has become of the events that a program has sent.
+#[derive(Debug, Default)]
+struct Arrived {
+    /// Taken out of the buffers, those only that the program has counted as events.
+    taken: AtomicU64,
+    /// Had found no room, as far as perf buffers have told.
+    lost: AtomicU64,
 }
 
 impl Supervisor {
     /// Watches nothing yet. Events go to `records`, whose reader they wait for.
-    pub fn new(
-        options: Options,
-        skb_layout: Option<SkbLayout>,
-        records: mpsc::Sender<Record>,
-    ) -> Self {
+    pub fn new(options: Options, kernel: Kernel, records: mpsc::Sender<Record>) -> Self {
         Self {
             options,
-            skb_layout,
+            kernel,
             records,
             watched: BTreeMap::new(),
             past: BTreeMap::new(),
@@ -172,20 +188,25 @@ impl Supervisor {
     /// Loads, configures and attaches the program of one interface.
     fn watch(&mut self, link: &Link, links: &Links) -> Result<()> {
         let claim = Claim::new(&link.name, link.index)?;
+        let transport = self.kernel.transport;
+        let debug_log = self.options.bpf_log && transport == Transport::Ring;
         let (mut program, events) = Program::load(&LoadOptions {
-            skb_layout: self.skb_layout,
+            transport,
+            skb_layout: self.kernel.skb_layout,
             ring_len: self.options.ring_len,
-            debug_log: self.options.bpf_log,
+            debug_log,
         })?;
         let plan = self.plan(link, links)?;
         for (key, device) in plan.devices() {
             program.set_device(key, device)?;
         }
         program.configure(plan.config())?;
-        // SAFETY: the ring buffer owns its file descriptor and keeps it open and the same as long
-        // as it lives, which is longer than the registration.
-        let events = unsafe { AsyncFd::register(events) }.context("cannot wait for events")?;
-        if self.options.bpf_log {
+        // SAFETY: a buffer owns its file descriptor and keeps it open and the same as long as it
+        // lives, which is longer than the registration.
+        let register = |buffer| unsafe { AsyncFd::register(buffer) }.map_err(io::Error::from);
+        let events: io::Result<Vec<_>> = events.into_iter().map(register).collect();
+        let events = events.context("cannot wait for events")?;
+        if debug_log {
             let log = EbpfLogger::init_with_logger(program.ebpf(), StderrLog)
                 .context("cannot read the debug log of the BPF program")?;
             // SAFETY: as above.
@@ -197,10 +218,11 @@ impl Supervisor {
         let source = Arc::new(Source { interface: link.name.clone(), plan });
         let (source, sources) = watch::channel(source);
         let (stop, stopped) = watch::channel(false);
-        let records = self.records.clone();
-        let reader = tokio::spawn(forward(events, sources, program.followed(), records, stopped));
+        let arrived = Arc::<Arrived>::default();
+        let to = Records { to: self.records.clone(), follower: program.followed() };
+        let reader = tokio::spawn(forward(events, sources, to, arrived.clone(), stopped));
         let name = link.name.clone();
-        let watched = Watched { name, program, attachment, claim, source, stop, reader };
+        let watched = Watched { name, program, attachment, claim, source, stop, arrived, reader };
         self.watched.insert(link.index, watched);
         give_back_memory();
         Ok(())
@@ -256,21 +278,31 @@ impl Supervisor {
         self.options.wish.fix
     }
 
+    /// What the kernel offers.
+    pub const fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
     /// What has been counted so far, beside what the interfaces say that they have sent.
     pub fn counted(&self, sent_packets: &BTreeMap<u32, u64>) -> Result<Vec<Counted>> {
         let mut counted = Vec::new();
-        for (index, Watched { name, program, attachment, .. }) in &self.watched {
+        for (index, Watched { name, program, attachment, arrived, .. }) in &self.watched {
+            // In this order: kernels that tell the program of a loss have it counted before the
+            // buffer tells of it.
+            let lost = arrived.lost.load(Ordering::Relaxed);
+            let mut counters = program.counters()?;
+            counters.lose(lost.saturating_sub(counters.reported(Report::Lost).skbs));
             counted.push(Counted {
                 name: name.clone(),
                 method: Some(attachment.method),
-                counters: program.counters()?,
+                counters,
                 sent_packets: sent_packets.get(index).copied(),
             });
         }
         Ok(self.with_past(counted))
     }
 
-    /// Detaches from all interfaces. First the programs end, then what they have left in the ring
+    /// Detaches from all interfaces. First the programs end, then what they have left in the
     /// buffers is read, then the counters: so every event that is counted has been forwarded.
     pub async fn stop(mut self) -> Result<Vec<Counted>> {
         let mut counted = Vec::new();
@@ -317,7 +349,8 @@ impl Watched {
     }
 
     async fn end(self) -> Result<(Method, Counters)> {
-        let Self { name, mut program, attachment, claim, source: _source, stop, reader } = self;
+        let Self { name, mut program, attachment, claim, source: _source, stop, arrived, reader } =
+            self;
         let method = attachment.method;
         // It is off already where the interface itself is gone.
         if let Err(error) = attachment.detach(program.classifier()?) {
@@ -325,7 +358,10 @@ impl Watched {
         }
         stop.send_replace(true);
         reader.await.with_context(|| format!("cannot read the events of {name}"))?;
-        let counters = program.counters()?;
+        let mut counters = program.counters()?;
+        // None where the kernel tells the program of each event that found no room.
+        let sent = counters.reported(Report::Emitted).skbs;
+        counters.lose(sent.saturating_sub(arrived.taken.load(Ordering::Relaxed)));
         drop(claim);
         Ok((method, counters))
     }
@@ -344,37 +380,61 @@ const fn sortable(key: vxcsum_common::layout::DeviceKey) -> (u32, u32) {
     (key.port, key.vni)
 }
 
-/// Takes events from a ring buffer, until told to stop and the ring is empty.
+/// Takes events from the buffers of a program, until told to stop and all are empty.
 async fn forward(
-    mut events: AsyncFd<RingBuf<MapData>>,
+    mut buffers: Vec<AsyncFd<Buffer>>,
     sources: watch::Receiver<Arc<Source>>,
-    follower: Follower,
-    records: mpsc::Sender<Record>,
+    records: Records,
+    arrived: Arc<Arrived>,
     mut stop: watch::Receiver<bool>,
 ) {
     loop {
         let stopping = *stop.borrow_and_update();
-        while let Some(bytes) = events.get_mut().next().map(|bytes| bytes.to_vec()) {
+        loop {
+            let mut taken = Taken::default();
+            for buffer in &mut buffers {
+                buffer.get_mut().take(&mut taken);
+            }
+            arrived.lost.fetch_add(taken.lost, Ordering::Relaxed);
+            if taken.records.is_empty() {
+                break;
+            }
+            arrived.taken.fetch_add(taken.events(), Ordering::Relaxed);
             let source = sources.borrow().clone();
-            let record = match source.decode(&bytes) {
-                Some(event) => Record::Event(Arc::new(event), follower.clone()),
-                None => Record::Undecodable(source.interface.clone()),
-            };
-            if records.send(record).await.is_err() {
-                return;
+            let mut events: Vec<_> =
+                taken.records.iter().map(|record| source.decode(record)).collect();
+            // Those of one CPU are in order already.
+            if buffers.len() > 1 {
+                events.sort_by_key(|event| event.as_ref().map(|event| event.time));
+            }
+            for event in events {
+                let record = match event {
+                    Some(event) => Record::Event(Arc::new(event), records.follower.clone()),
+                    None => Record::Undecodable(source.interface.clone()),
+                };
+                if records.to.send(record).await.is_err() {
+                    return;
+                }
             }
         }
         if stopping {
             return;
         }
         tokio::select! {
-            ready = events.readable_mut() => match ready {
-                Ok(mut ready) => ready.clear_ready(),
-                Err(_) => return,
+            readable = any_readable(&mut buffers) => if readable.is_err() {
+                return;
             },
             _ = stop.changed() => {}
         }
     }
+}
+
+/// Waits until one of the buffers has something.
+async fn any_readable(buffers: &mut [AsyncFd<Buffer>]) -> io::Result<()> {
+    let each = buffers.iter_mut().map(|buffer| Box::pin(buffer.readable_mut()));
+    let (ready, ..) = select_all(each).await;
+    ready?.clear_ready();
+    Ok(())
 }
 
 async fn forward_log(mut log: AsyncFd<EbpfLogger<StderrLog>>) {
