@@ -253,6 +253,12 @@ impl Case {
             fix_unproven: self.fix_unproven.into(),
             is_raw_ip: self.frame.is_raw_ip.into(),
             following: 0,
+            // For the program that must tell by the length what is still to be cut.
+            max_frame_len: if self.segments > 1 {
+                self.frame.bytes.len() as u32 - 1
+            } else {
+                u32::MAX
+            },
             // So little that no event is held back, but that each is asked for.
             event_cost_ns: 1,
         })

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use crate::daemon::{Daemon, Ended, Summary, binary, run_to_end};
+use crate::daemon::{Daemon, Ended, Summary, binary, run_to_end, transport};
 use crate::folder::Folder;
 use crate::netns::NetNs;
 use crate::wait::wait_until;
@@ -44,14 +44,21 @@ impl Socket {
         self.folder.path()
     }
 
-    /// `vxcsum` with these arguments and this socket, inside `ns`.
+    /// `vxcsum` with these arguments and this socket, inside `ns`; `run` with the transport that
+    /// the tests are run over.
     pub fn command_in<S: AsRef<OsStr>>(
         &self,
         ns: &NetNs,
         args: impl IntoIterator<Item = S>,
     ) -> Result<Command> {
         let mut command = ns.command(binary()?);
+        let args: Vec<_> = args.into_iter().collect();
+        let is_run = args.first().is_some_and(|first| first.as_ref() == "run")
+            && !args.iter().any(|arg| arg.as_ref() == "--transport");
         command.args(args).arg("--socket").arg(&self.path);
+        if let Some(transport) = transport().filter(|_| is_run) {
+            command.arg("--transport").arg(transport);
+        }
         Ok(command)
     }
 

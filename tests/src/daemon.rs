@@ -39,6 +39,18 @@ pub fn binary() -> Result<PathBuf> {
     })
 }
 
+/// The transport to run every daemon over, `ring` or `perf`, from `$VXCSUM_TRANSPORT`; vxcsum chooses
+/// where it is not set.
+pub fn transport() -> Option<String> {
+    env::var("VXCSUM_TRANSPORT").ok()
+}
+
+/// Whether packets on the wire can be counted, not only what the stack hands down: not over perf
+/// buffers, which are for kernels that do not tell.
+pub fn counts_segments() -> bool {
+    transport().is_none_or(|transport| transport == "ring")
+}
+
 /// How a program that ran to its end has ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ended {
@@ -221,8 +233,8 @@ pub struct Event {
     /// `skb->mark`
     #[serde(deserialize_with = "hex")]
     pub mark: u32,
-    /// Packets on the wire.
-    pub segments: u32,
+    /// Packets on the wire; none where that is not known.
+    pub segments: Option<u32>,
     /// Length in bytes, link header included.
     pub len: u32,
     /// What led to it.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use vxcsum_tests::capture::{Capture, Direction};
 use vxcsum_tests::counters;
-use vxcsum_tests::daemon::Daemon;
+use vxcsum_tests::daemon::{Daemon, counts_segments};
 use vxcsum_tests::evidence::{check_ports_before_nat, frames_of, sent_by_a};
 use vxcsum_tests::lab::{Family, Lab, LabConfig, MASQUERADE_MARK, NIC, Nat, PodSums, VXLAN};
 use vxcsum_tests::traffic::{self, TcpServer, UdpServer};
@@ -55,7 +55,7 @@ fn each_lost_packet_is_explained(outer: Family) -> Result<()> {
         assert_eq!(event.expected, Some(frame.outer.expected), "{event:#?}");
         assert_eq!((event.interface.as_str(), event.device.as_deref()), (NIC, Some(VXLAN)));
         assert_eq!(event.mark, MASQUERADE_MARK);
-        assert_eq!(event.segments, 1);
+        assert_eq!(event.segments, Some(1));
     }
     check_ports_before_nat(&lab, &events)?;
     let syn = events.iter().find(|event| event.inner.proto == "tcp");
@@ -120,7 +120,8 @@ fn is_cured(outer: Family, fix: &str, action: &str) -> Result<()> {
     assert_eq!(interface.packets("stale_nat"), interface.fixed);
     assert_eq!(interface.broken(), interface.fixed);
     // The bulk went in GSO packets, which NAT leaves right and nothing may touch.
-    assert!(interface.packets("offload_pending") > 100, "{interface:?}");
+    let least = if counts_segments() { 100 } else { 10 };
+    assert!(interface.packets("offload_pending") > least, "{interface:?}");
     Ok(())
 }
 

@@ -8,9 +8,9 @@
 
 use std::sync::{Arc, Mutex};
 
-use aya::maps::{MapData, RingBuf};
 use aya::programs::{TestRun as _, TestRunOptions};
 use vxcsum::program::{Followed, LoadOptions, Program};
+use vxcsum::transport::{Buffer, Taken, Transport};
 use vxcsum_common::layout::{
     Action, Config, Counters, DeviceKey, Event, FixMode, MAX_FOLLOWED, Ports, Report,
 };
@@ -27,15 +27,19 @@ const SMALL_RING: u32 = 4096;
 
 struct Kernel {
     program: Program,
-    events: RingBuf<MapData>,
+    events: Vec<Buffer>,
     followed: Arc<Mutex<Followed>>,
     ports: Ports,
 }
 
 impl Kernel {
     fn load(ring_len: u32) -> Self {
+        Self::load_over(Transport::Ring, ring_len)
+    }
+
+    fn load_over(transport: Transport, ring_len: u32) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "the BPF program is for root to load");
-        let options = LoadOptions { ring_len, ..LoadOptions::default() };
+        let options = LoadOptions { transport, ring_len, ..LoadOptions::default() };
         let (mut program, events) = Program::load(&options).unwrap();
         let device = Device {
             source_port_min: PORT_BEFORE_NAT,
@@ -58,6 +62,7 @@ impl Kernel {
             fix_unproven: 0,
             is_raw_ip: 0,
             following: 0,
+            max_frame_len: u32::MAX,
             event_cost_ns,
         };
         config.carry(&self.program.config().unwrap());
@@ -86,11 +91,10 @@ impl Kernel {
 
     /// What came since the last call: events, and packets of followed flows.
     fn told(&mut self) -> (Vec<Event>, Vec<Event>) {
-        let mut told = Vec::new();
-        while let Some(record) = self.events.next() {
-            told.push(bytemuck::pod_read_unaligned::<Event>(&record));
-        }
-        told.into_iter().partition(|event| event.is_followed == 0)
+        let mut taken = Taken::default();
+        self.events.iter_mut().for_each(|buffer| buffer.take(&mut taken));
+        let told = taken.records.iter().map(|it| bytemuck::pod_read_unaligned::<Event>(it));
+        told.partition(|event| event.is_followed == 0)
     }
 
     fn counters(&self) -> Counters {
@@ -139,7 +143,12 @@ fn nothing_is_told_while_nothing_is_followed() {
 
 #[test]
 fn the_first_whole_syn_and_what_ends_the_wait_are_told() {
-    let mut kernel = Kernel::load(1 << 16);
+    for transport in Transport::ALL {
+        first_syn_and_end_are_told(Kernel::load_over(transport, 1 << 16));
+    }
+}
+
+fn first_syn_and_end_are_told(mut kernel: Kernel) {
     let flow = kernel.follow(Segment::broken_syn(SPORT));
     // Others are none of its business, in any state.
     for other in [Segment::clean_syn(SPORT + 1), Segment::ack(SPORT + 1)] {

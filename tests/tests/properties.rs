@@ -626,7 +626,7 @@ fn mutated() -> BoxedStrategy<Case> {
 fn the_bpf_program_says_what_the_common_crate_says() {
     // The same packets every time.
     let mut runner = TestRunner::deterministic();
-    let mut kernels = [false, true].map(|knows_offload| Kernel::load(knows_offload, TestRun::open));
+    let mut kernels = Kernel::<TestRun>::ALL.map(|which| Kernel::load(which, TestRun::open));
     let mut compared = 0;
     let mut by_verdict = [0; Verdict::ALL.len()];
     let strategy = mutated();

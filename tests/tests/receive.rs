@@ -175,7 +175,7 @@ fn stalled_connection_is_explained(outer: Family) -> Result<()> {
         assert_eq!((dropped.check, dropped.expected), (sent.check, sent.expected));
         assert_eq!(dropped.expected_from, None);
         assert_eq!(dropped.inner, sent.inner);
-        assert_eq!((dropped.vni, dropped.len, dropped.segments), (sent.vni, sent.len, 1));
+        assert_eq!((dropped.vni, dropped.len, dropped.segments), (sent.vni, sent.len, Some(1)));
         assert_eq!((dropped.interface.as_str(), dropped.device.as_deref()), (NIC, Some(VXLAN)));
         assert_eq!((dropped.action.as_str(), dropped.mark), ("none", 0));
     }

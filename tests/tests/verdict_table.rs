@@ -12,6 +12,7 @@ use std::collections::BTreeSet;
 
 use test_run::{Kernel, Outcome, TestRun, Way, hex, in_user_space, right_sum};
 use vxcsum::program::Program;
+use vxcsum::transport::Transport;
 use vxcsum_common::layout::{SEEN_SUM, SEEN_ZERO};
 use vxcsum_common::{Offload, Policy, Verdict};
 use vxcsum_tests::cases::{self, After, Broken, Case, Expected, Known, PORT};
@@ -98,40 +99,45 @@ fn the_common_crate_says_what_the_table_says() {
 
 #[test]
 fn a_test_run_says_what_the_table_says() {
-    let tried = compare(&cases::all().unwrap(), false, TestRun::open);
-    // The others are for what a test run's packet cannot be.
-    assert!(tried > 600, "only {tried}");
+    for transport in Transport::ALL {
+        let tried = compare(&cases::all().unwrap(), (transport, false), TestRun::open);
+        // The others are for what a test run's packet cannot be.
+        assert!(tried > 600, "only {tried}");
+    }
 }
 
 #[test]
 fn a_test_run_says_what_the_table_says_of_a_known_offload_state() {
-    let tried = compare(&cases::all().unwrap(), true, TestRun::open);
+    let tried = compare(&cases::all().unwrap(), (Transport::Ring, true), TestRun::open);
     assert!(tried > 400, "only {tried}");
 }
 
 #[test]
 fn packets_on_their_way_get_what_the_table_says() {
-    let tried = compare(&cases::all().unwrap(), false, Wire::open);
-    assert!(tried > 600, "only {tried}");
+    for transport in Transport::ALL {
+        let tried = compare(&cases::all().unwrap(), (transport, false), Wire::open);
+        assert!(tried > 600, "only {tried}");
+    }
 }
 
 /// Here sums are really open.
 #[test]
 fn packets_on_their_way_get_what_the_table_says_of_a_known_offload_state() {
-    let tried = compare(&cases::all().unwrap(), true, Wire::open);
+    let tried = compare(&cases::all().unwrap(), (Transport::Ring, true), Wire::open);
     assert!(tried > 600, "only {tried}");
 }
 
 #[test]
 fn what_is_too_long_to_be_summed_is_judged_by_its_headers_or_not_at_all() {
     let cases = cases::beyond_full_sums().unwrap();
-    assert!(compare(&cases, false, Wire::open) > 0);
-    assert!(compare(&cases, true, Wire::open) > 0);
+    for kernel in Kernel::<Wire>::ALL {
+        assert!(compare(&cases, kernel, Wire::open) > 0);
+    }
 }
 
 /// Takes the cases through the program in the kernel; returns how many can come that way.
-fn compare<W: Way>(cases: &[Case], knows_offload: bool, way: fn(&mut Program) -> W) -> usize {
-    let mut kernel = Kernel::load(knows_offload, way);
+fn compare<W: Way>(cases: &[Case], which: (Transport, bool), way: fn(&mut Program) -> W) -> usize {
+    let mut kernel = Kernel::load(which, way);
     let mut wrong = Vec::new();
     let mut tried = 0;
     for case in cases {
@@ -155,7 +161,7 @@ fn headers_outside_of_the_linear_part_are_found() {
     /// What may be moved into the linear part: more than the headers of any sane packet.
     const REACH: usize = 256;
 
-    let mut kernels = [false, true].map(|knows_offload| Kernel::load(knows_offload, Wire::open));
+    let mut kernels = Kernel::<Wire>::ALL.map(|which| Kernel::load(which, Wire::open));
     let mut wrong = Vec::new();
     let mut tried = 0;
     for mut case in cases::all().unwrap() {
@@ -178,7 +184,7 @@ fn headers_outside_of_the_linear_part_are_found() {
             }
         }
     }
-    assert!(tried > 1200, "only {tried}");
+    assert!(tried > 1800, "only {tried}");
     assert_none(&wrong, tried);
 }
 
@@ -222,21 +228,33 @@ fn a_sender_is_learned_from_what_it_sends() {
     let right_ipv6 = case("IPv6: right, inner sum open");
     let mangled = case("IPv4: 0xffff on a zero device");
 
-    let mut kernel = Kernel::load(false, TestRun::open);
+    for transport in Transport::ALL {
+        let kernel = Kernel::load((transport, false), TestRun::open);
+        is_learned(kernel, &none, &right, &right_ipv6, &mangled);
+    }
+}
+
+fn is_learned(
+    mut kernel: Kernel<TestRun>,
+    none: &Case,
+    right: &Case,
+    right_ipv6: &Case,
+    mangled: &Case,
+) {
     let judged = |kernel: &mut Kernel<_>, case: &Case| kernel.run(case, Offload::Unknown);
-    kernel.configure(&none);
-    assert_eq!(judged(&mut kernel, &mangled).verdict, Some(Verdict::Bad));
+    kernel.configure(none);
+    assert_eq!(judged(&mut kernel, mangled).verdict, Some(Verdict::Bad));
     assert_eq!(learned(&kernel), (0, 0), "a broken packet teaches nothing");
-    assert_eq!(judged(&mut kernel, &none).verdict, Some(Verdict::Zero));
+    assert_eq!(judged(&mut kernel, none).verdict, Some(Verdict::Zero));
     assert_eq!(learned(&kernel), (SEEN_ZERO, 0));
-    let outcome = judged(&mut kernel, &mangled);
+    let outcome = judged(&mut kernel, mangled);
     assert_eq!(outcome.verdict, Some(Verdict::MangledZero));
     assert_eq!(outcome.report.unwrap().policy, Policy::Zero as u8);
-    assert_eq!(judged(&mut kernel, &right_ipv6).verdict, Some(Verdict::Valid));
+    assert_eq!(judged(&mut kernel, right_ipv6).verdict, Some(Verdict::Valid));
     assert_eq!(learned(&kernel), (SEEN_ZERO, SEEN_SUM), "each family on its own");
-    assert_eq!(judged(&mut kernel, &right).verdict, Some(Verdict::Valid));
+    assert_eq!(judged(&mut kernel, right).verdict, Some(Verdict::Valid));
     assert_eq!(learned(&kernel), (SEEN_ZERO | SEEN_SUM, SEEN_SUM));
-    let outcome = judged(&mut kernel, &mangled);
+    let outcome = judged(&mut kernel, mangled);
     assert_eq!(outcome.verdict, Some(Verdict::Bad), "it sends the one and the other");
     assert_eq!(outcome.report.unwrap().policy, Policy::Unknown as u8);
 

@@ -35,6 +35,9 @@ pub struct Config {
     pub is_raw_ip: u8,
     /// Not zero while user space follows inner flows of the interface; it sets it.
     pub following: u8,
+    /// Longest frame that the interface takes, in bytes, with its link header: a longer one is still
+    /// to be cut. Read where `gso_segs` cannot be.
+    pub max_frame_len: u32,
     /// Time that an event costs, in nanoseconds: a second by the rate limit; 0 without a limit.
     pub event_cost_ns: u32,
 }
@@ -370,7 +373,7 @@ pub struct Event {
     pub boot_ns: u64,
     /// Length of the skb in bytes, link header included.
     pub len: u32,
-    /// Packets on the wire (`gso_segs`).
+    /// Packets on the wire (`gso_segs`); 0 where that is not known.
     pub segments: u32,
     /// `skb->mark`.
     pub mark: u32,
@@ -426,6 +429,17 @@ impl Tally {
 }
 
 impl Counters {
+    /// Counts `skbs` events as lost that the program took for sent: kernels before 5.1 do not tell it
+    /// of a perf buffer that is full.
+    pub fn lose(&mut self, mut skbs: u64) {
+        for by_report in &mut self.tallies {
+            let moved = by_report[Report::Emitted as usize].skbs.min(skbs);
+            by_report[Report::Emitted as usize].skbs -= moved;
+            by_report[Report::Lost as usize].skbs += moved;
+            skbs -= moved;
+        }
+    }
+
     /// Both together.
     #[must_use]
     pub fn plus(&self, other: &Self) -> Self {
@@ -498,6 +512,19 @@ mod tests {
         before.slots[slot].seen_ipv4 = SEEN_SUM;
         after.learn(&before);
         assert_eq!(after.get(8472).unwrap().seen_ipv4, SEEN_ZERO | SEEN_SUM);
+    }
+
+    #[test]
+    fn what_is_lost_later_stays_broken() {
+        let mut counters = Counters::default();
+        for (verdict, skbs) in [(Verdict::MangledZero, 3), (Verdict::Bad, 5)] {
+            counters.tallies[verdict as usize][Report::Emitted as usize].skbs = skbs;
+        }
+        counters.lose(4);
+        assert_eq!(counters.reported(Report::Emitted).skbs, 4);
+        assert_eq!(counters.reported(Report::Lost).skbs, 4);
+        assert_eq!(counters.of(Verdict::MangledZero).skbs, 3);
+        assert_eq!(counters.of(Verdict::Bad).skbs, 5);
     }
 
     #[test]

@@ -64,12 +64,15 @@ impl Ip {
     /// The sum of the header, with options and extension headers.
     #[inline(always)]
     pub fn header<P: Packet>(&self, packet: &P) -> Result<Sum, Cut> {
-        let (fixed, end) = if self.is_ipv6 {
-            (packet.header::<IPV6_LEN>(self.offset)?.sum::<0, IPV6_LEN>(), IPV6_LEN)
-        } else {
-            (packet.header::<IPV4_LEN>(self.offset)?.sum::<0, IPV4_LEN>(), IPV4_LEN)
-        };
-        let end = self.offset + end;
+        // In parts that both have, and one that only IPv6 has: LLVM would join the sums of two
+        // headers at an offset from either, which verifiers before 5.3 do not follow.
+        let mut fixed = packet.header::<IPV4_LEN>(self.offset)?.sum::<0, IPV4_LEN>();
+        let mut end = self.offset + IPV4_LEN;
+        if self.is_ipv6 {
+            const REST: usize = IPV6_LEN - IPV4_LEN;
+            fixed = fixed + packet.header::<REST>(end)?.sum::<0, REST>();
+            end += REST;
+        }
         match self.payload - end {
             0 => Ok(fixed),
             len => Ok(fixed + packet.sum(end, len).ok_or(Cut)?),
@@ -80,11 +83,13 @@ impl Ip {
 /// The sum of source and destination address of the IP header at `offset`.
 #[inline(always)]
 fn addresses<P: Packet>(packet: &P, offset: usize, is_ipv6: bool) -> Result<Sum, Cut> {
-    if is_ipv6 {
-        Ok(packet.header::<32>(offset + 8)?.sum::<0, 32>())
-    } else {
-        Ok(packet.header::<8>(offset + 12)?.sum::<0, 8>())
+    // As in `Ip::header`: what both have lies in the middle of the addresses of IPv6.
+    let common = packet.header::<8>(offset + 12)?.sum::<0, 8>();
+    if !is_ipv6 {
+        return Ok(common);
     }
+    let all = packet.header::<32>(offset + 8)?;
+    Ok(common + all.sum::<0, 4>() + all.sum::<12, 20>())
 }
 
 /// Where the outer headers of a VXLAN packet are.

@@ -1,16 +1,14 @@
 //! What happens to a broken packet: fixed where that is asked for, and reported.
 
-use aya_ebpf::helpers::{bpf_ktime_get_boot_ns, bpf_skb_load_bytes, bpf_skb_store_bytes};
-use aya_ebpf::programs::TcContext;
-use aya_log_ebpf::debug;
+use aya_ebpf::helpers::{bpf_skb_load_bytes, bpf_skb_store_bytes};
 use vxcsum_common::Packet as _;
 use vxcsum_common::fix::{Remedy, remedy};
 use vxcsum_common::layout::{Action, Config, Counters, Event, FixMode, Report, SNAPSHOT_LEN};
 use vxcsum_common::outer::Outer;
 use vxcsum_common::verdict::Finding;
 
+use crate::kernel::{self, Draft};
 use crate::limit;
-use crate::maps::EVENTS;
 use crate::opaque::between_1_and;
 use crate::skb::Skb;
 
@@ -26,21 +24,15 @@ pub(crate) fn handle(
     config: &Config,
     counters: &mut Counters,
 ) -> (Report, Action) {
-    debug!(
-        TcContext::new(skb.ctx),
-        "verdict {} check {:x} expected {:x}",
-        finding.verdict as u8,
-        finding.check,
-        finding.expected
-    );
+    kernel::log(skb.ctx, finding);
     let remedy = remedy(FixMode::from_u8(config.fix), config.fix_unproven != 0, finding);
     if !limit::allows(skb, outer, config) {
         return (Report::Suppressed, apply(skb, finding, remedy, counters));
     }
-    let Some(mut event) = EVENTS.reserve::<Event>(0) else {
+    let Some(mut draft) = Draft::new() else {
         return (Report::Lost, apply(skb, finding, remedy, counters));
     };
-    let out = event.as_mut_ptr();
+    let out = draft.as_mut_ptr();
     // SAFETY: `out` is valid for a whole `Event`.
     unsafe { write(out, skb, finding) };
     let action = apply(skb, finding, remedy, counters);
@@ -50,8 +42,7 @@ pub(crate) fn handle(
         (*out).held_back = 0;
         (*out).action = action as u8;
     }
-    event.submit(0);
-    (Report::Emitted, action)
+    (if draft.send(skb.ctx) { Report::Emitted } else { Report::Lost }, action)
 }
 
 /// Writes what an event tells of a packet: every field but `action`, `is_followed` and `held_back`.
@@ -63,9 +54,9 @@ pub(crate) fn handle(
 pub(crate) unsafe fn write(out: *mut Event, skb: &Skb, finding: &Finding) {
     // SAFETY: promised by the caller.
     unsafe {
-        (*out).boot_ns = bpf_ktime_get_boot_ns();
+        (*out).boot_ns = kernel::now_ns();
         (*out).len = skb.len() as u32;
-        (*out).segments = skb.segments();
+        (*out).segments = skb.known_segments();
         (*out).mark = skb.mark();
         (*out).check = finding.check;
         (*out).expected = finding.expected;
@@ -113,9 +104,10 @@ fn apply(skb: &Skb, finding: &Finding, remedy: Remedy, counters: &mut Counters) 
         return Action::RefusedWriteFailed;
     }
     let packets = u64::from(skb.segments());
-    match remedy.action {
-        Action::Zeroed => counters.zeroed += packets,
-        _ => counters.restored += packets,
-    }
+    // Not one of the two by an offset that is chosen before: verifiers before 5.3 do not follow it
+    // over the stack.
+    let zeroed = if remedy.action as u8 == Action::Zeroed as u8 { packets } else { 0 };
+    counters.zeroed += zeroed;
+    counters.restored += packets - zeroed;
     remedy.action
 }

@@ -5,19 +5,20 @@
 //! not know of them.
 
 use vxcsum_common::inner::TcpSegment;
-use vxcsum_common::layout::{Action, Event, SYN_TOLD};
+use vxcsum_common::layout::{Action, SYN_TOLD};
 use vxcsum_common::outer::Outer;
 use vxcsum_common::{Finding, Policy, Proof, Verdict};
 
 use crate::broken;
-use crate::maps::{EVENTS, FOLLOWED};
+use crate::kernel::Draft;
+use crate::maps::FOLLOWED;
 use crate::skb::Skb;
 
 /// Tells of a packet that has no event, where its flow is followed: of the first SYN that leaves
 /// whole, and of the first other packet that does, with which the following ends. Broken SYNs are
 /// only counted.
 ///
-/// What finds no room in the ring buffer changes nothing: the next packet of the flow is told
+/// What finds no room in the event buffer changes nothing: the next packet of the flow is told
 /// instead. CPUs race for the map value, and may tell the same thing twice.
 #[inline(always)]
 pub(crate) fn tell(skb: &Skb, outer: &Outer, segment: TcpSegment, verdict: u8, action: u8) {
@@ -34,8 +35,8 @@ pub(crate) fn tell(skb: &Skb, outer: &Outer, segment: TcpSegment, verdict: u8, a
     if is_syn && *told & SYN_TOLD != 0 {
         return;
     }
-    let Some(mut event) = EVENTS.reserve::<Event>(0) else { return };
-    let out = event.as_mut_ptr();
+    let Some(mut draft) = Draft::new() else { return };
+    let out = draft.as_mut_ptr();
     let finding = Finding {
         verdict: Verdict::Valid,
         proof: Proof::None,
@@ -54,13 +55,15 @@ pub(crate) fn tell(skb: &Skb, outer: &Outer, segment: TcpSegment, verdict: u8, a
         (*out).is_followed = 1;
         (*out).held_back = *told & !SYN_TOLD;
     }
+    if !draft.send(skb.ctx) {
+        return;
+    }
     if is_syn {
         *told |= SYN_TOLD;
     } else {
         // Fails only where another CPU was first.
         let _ = FOLLOWED.remove(segment.flow);
     }
-    event.submit(0);
 }
 
 #[inline(always)]

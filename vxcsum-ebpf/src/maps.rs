@@ -2,10 +2,12 @@
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use vxcsum_common::layout::{ANY_VNI, Config, Counters, DeviceKey, MAX_FOLLOWED, Port};
 use vxcsum_common::verdict::Watch;
 use vxcsum_common::{Device, Policy};
+
+use crate::kernel::Oblivion;
 
 /// What the program works by; one value.
 #[map]
@@ -19,10 +21,6 @@ pub(crate) static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entrie
 #[map]
 static DEVICES: HashMap<DeviceKey, Device> = HashMap::with_max_entries(4096, 0);
 
-/// Broken packets, for user space; the loader sets its size.
-#[map]
-pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
-
 /// Inner TCP flows that user space follows, by the number of the flow: see
 /// [`SYN_TOLD`](vxcsum_common::layout::SYN_TOLD). Mostly empty, so its memory comes and goes.
 #[map]
@@ -31,12 +29,15 @@ pub(crate) static FOLLOWED: HashMap<u64, u32> =
 
 /// What user space has made known.
 #[derive(Clone, Copy)]
-pub(crate) struct Known(*mut Config);
+pub(crate) struct Known {
+    config: *mut Config,
+    pub(crate) oblivion: Oblivion,
+}
 
 impl Known {
     #[inline(always)]
     pub(crate) fn get() -> Option<Self> {
-        CONFIG.get_ptr_mut(0).map(Self)
+        Some(Self { config: CONFIG.get_ptr_mut(0)?, oblivion: Oblivion::get()? })
     }
 
     #[inline(always)]
@@ -44,7 +45,7 @@ impl Known {
         // SAFETY: a map value lives as long as the program. User space replaces it as a whole; a
         // field that changes between two reads makes one packet be judged by the old and the new
         // value.
-        unsafe { &*self.0 }
+        unsafe { &*self.config }
     }
 }
 

@@ -1,47 +1,23 @@
 //! The skb as a [`Packet`].
 
-use core::ptr::{self, addr_of};
+use core::ptr;
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::{
-    bpf_csum_diff, bpf_probe_read_kernel, bpf_skb_load_bytes, bpf_skb_pull_data,
-};
+use aya_ebpf::helpers::{bpf_csum_diff, bpf_skb_load_bytes, bpf_skb_pull_data};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::PerCpuArray;
-use vxcsum_common::layout::{Event, MASQUERADE_MARK, SNAPSHOT_LEN, SkbLayout};
+use vxcsum_common::layout::{MASQUERADE_MARK, SNAPSHOT_LEN};
 use vxcsum_common::outer::Extensions;
 use vxcsum_common::packet::Header;
 use vxcsum_common::{Cut, Offload, Packet, Sum};
 
+use crate::kernel;
 use crate::maps::Known;
 use crate::opaque::{between_1_and, opaque};
 
-/// Where the running kernel keeps the offload state. The loader fills it in before the program is
-/// loaded; while it is not known, the verifier finds the reads unreachable and leaves them out,
-/// so that a kernel without `bpf_probe_read_kernel` (before 5.8, or locked down) loads the rest.
-#[unsafe(no_mangle)]
-static SKB_LAYOUT: SkbLayout = SkbLayout {
-    ip_summed: 0,
-    ip_summed_shift: 0,
-    csum_start: 0,
-    csum_offset: 0,
-    head: 0,
-    data: 0,
-    is_known: 0,
-};
-
-/// A constant that only the loader knows.
-macro_rules! skb_layout {
-    ($field:ident) => {
-        // SAFETY: the address of a live, aligned static. Volatile, because its value in the object
-        // is not the one that it is loaded with.
-        usize::from(unsafe { ptr::read_volatile(addr_of!(SKB_LAYOUT.$field)) })
-    };
-}
-
 /// Reach of an offset, in bytes: tells the verifier that it cannot run away. GSO packets are
 /// longer, their headers are not.
-const OFFSET_MASK: usize = 0x3fff;
+pub(crate) const OFFSET_MASK: usize = 0x3fff;
 
 /// Bytes that are summed at a time; the most that `bpf_csum_diff` takes on older kernels
 /// (`struct bpf_scratchpad` in net/core/filter.c).
@@ -61,7 +37,7 @@ pub(crate) struct Skb {
     pub(crate) ctx: *mut __sk_buff,
     data: usize,
     data_end: usize,
-    is_raw_ip: bool,
+    known: Known,
 }
 
 impl Skb {
@@ -70,7 +46,7 @@ impl Skb {
     pub(crate) fn new(ctx: *mut __sk_buff, known: Known) -> Self {
         // SAFETY: the kernel hands it to the program for the time that it runs.
         let (data, data_end) = unsafe { ((*ctx).data as usize, (*ctx).data_end as usize) };
-        Self { ctx, data, data_end, is_raw_ip: known.config().is_raw_ip != 0 }
+        Self { ctx, data, data_end, known }
     }
 
     #[inline(always)]
@@ -94,17 +70,28 @@ impl Skb {
         Self::new(self.ctx, known)
     }
 
-    /// How many packets the skb is on the wire.
+    /// How many packets the skb is on the wire, as far as that is known: at least one.
     #[inline(always)]
     pub(crate) fn segments(&self) -> u32 {
-        self.raw().gso_segs.max(1)
+        self.known_segments().max(1)
     }
 
-    /// Bytes on the wire, with the headers of every segment (`qdisc_pkt_len_init` in
-    /// net/core/dev.c).
+    /// The same, 0 where it is not known.
+    #[inline(always)]
+    pub(crate) fn known_segments(&self) -> u32 {
+        kernel::segments(self.raw(), self.known.config())
+    }
+
+    /// Bytes on the wire, as far as that is known.
     #[inline(always)]
     pub(crate) fn wire_len(&self) -> u32 {
-        self.raw().wire_len
+        kernel::wire_len(self.raw())
+    }
+
+    /// The same number, see [`kernel::Oblivion`].
+    #[inline(always)]
+    fn take(&self, number: usize) -> usize {
+        self.known.oblivion.take(number as u64) as usize
     }
 
     /// `skb->mark`.
@@ -116,10 +103,7 @@ impl Skb {
     /// `skb->ip_summed`.
     #[inline(always)]
     pub(crate) fn ip_summed(&self) -> u8 {
-        if skb_layout!(is_known) == 0 {
-            return Event::IP_SUMMED_UNKNOWN;
-        }
-        read_ip_summed(self.ctx).unwrap_or(Event::IP_SUMMED_UNKNOWN)
+        kernel::ip_summed(self.ctx)
     }
 }
 
@@ -131,7 +115,14 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn header<const N: usize>(&self, offset: usize) -> Result<Header<'_, N>, Cut> {
-        let start = self.data + (offset & OFFSET_MASK);
+        let start = if kernel::KNOWS_SPILLED_NUMBERS {
+            self.data + (offset & OFFSET_MASK)
+        } else {
+            // Masked here, and added here: what is spilled is a pointer, which it does know.
+            opaque(self.data + (opaque(offset) & OFFSET_MASK))
+        };
+        // SAFETY: a packet does not lie at address 0.
+        unsafe { core::hint::assert_unchecked(start != 0) };
         if start + N > self.data_end {
             return Err(Cut);
         }
@@ -141,7 +132,7 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn sum(&self, offset: usize, len: usize) -> Option<Sum> {
-        match sum_bytes(self.ctx, offset as u32, len as u32) {
+        match sum_bytes(self.ctx, self.take(offset) as u32, self.take(len) as u32) {
             NO_SUM => None,
             sum => Some(Sum::of_memory_u32(sum as u32)),
         }
@@ -149,17 +140,18 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn is_raw_ip(&self) -> bool {
-        self.is_raw_ip
+        self.known.config().is_raw_ip != 0
     }
 
     #[inline(always)]
     fn forget(&self, offset: usize) -> usize {
-        opaque(offset) & OFFSET_MASK
+        opaque(self.take(offset)) & OFFSET_MASK
     }
 
     #[inline(always)]
     fn extension_headers(&self, protocol: u8, offset: usize) -> Result<Extensions, Cut> {
-        match extension_headers(self.ctx, u32::from(protocol), offset as u32) {
+        let protocol = self.take(protocol.into()) as u32;
+        match extension_headers(self.ctx, protocol, self.take(offset) as u32) {
             CUT => Err(Cut),
             bits => Ok(Extensions::from_bits(bits)),
         }
@@ -167,24 +159,12 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn is_gso(&self) -> bool {
-        self.raw().gso_segs > 1
+        self.known_segments() != 1
     }
 
     #[inline(always)]
     fn offload(&self) -> Offload {
-        /// `CHECKSUM_PARTIAL` (include/linux/skbuff.h).
-        const PARTIAL: u8 = 3;
-        match self.ip_summed() {
-            Event::IP_SUMMED_UNKNOWN => Offload::Unknown,
-            PARTIAL => match open_sum(self.ctx) {
-                NO_SUM => Offload::Unknown,
-                place => Offload::Partial {
-                    start: (place >> 16) as usize & OFFSET_MASK,
-                    field: place as usize & OFFSET_MASK,
-                },
-            },
-            _ => Offload::Complete,
-        }
+        kernel::offload(self.ctx)
     }
 
     #[inline(always)]
@@ -198,19 +178,6 @@ impl Packet for Skb {
     }
 }
 
-/// Reads a field of `struct sk_buff`; the context pointer of a TC program is its address.
-#[inline(always)]
-fn read_field<T>(skb: *const __sk_buff, offset: usize) -> Option<T> {
-    // SAFETY: the helper reads any address without faulting; `T` is an integer.
-    unsafe { bpf_probe_read_kernel(skb.cast::<u8>().wrapping_add(offset).cast::<T>()) }.ok()
-}
-
-#[inline(always)]
-fn read_ip_summed(skb: *const __sk_buff) -> Option<u8> {
-    let byte = read_field::<u8>(skb, skb_layout!(ip_summed))?;
-    Some((byte >> (skb_layout!(ip_summed_shift) & 7)) & 3)
-}
-
 /// Result of [`extension_headers`]: a header is out of reach.
 const CUT: u64 = u64::MAX;
 
@@ -222,25 +189,6 @@ extern "C" fn extension_headers(ctx: *mut __sk_buff, protocol: u32, offset: u32)
     let Some(known) = Known::get() else { return CUT };
     let skb = Skb::new(ctx, known);
     Extensions::read(&skb, protocol as u8, offset as usize).map_or(CUT, Extensions::to_bits)
-}
-
-/// Where the sum starts that the NIC is to make (upper 16 bits), and where it goes (lower 16
-/// bits): offsets from the start of the packet. [`NO_SUM`] where it cannot be read.
-///
-/// Global, as [`extension_headers`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn open_sum(skb: *mut __sk_buff) -> u64 {
-    let place = || {
-        let head = read_field::<u64>(skb, skb_layout!(head))?;
-        let data = read_field::<u64>(skb, skb_layout!(data))?;
-        // Counted from `head`, which lies before the packet (skb_checksum_start_offset).
-        let csum_start = u64::from(read_field::<u16>(skb, skb_layout!(csum_start))?);
-        let csum_offset = u64::from(read_field::<u16>(skb, skb_layout!(csum_offset))?);
-        let start = csum_start.wrapping_sub(data.wrapping_sub(head)) & 0xffff;
-        Some(start << 16 | ((start + csum_offset) & 0xffff))
-    };
-    place().unwrap_or(NO_SUM)
 }
 
 /// Sums `len` bytes at `offset`, wherever they lie. [`NO_SUM`] where they are too many or end

@@ -131,8 +131,9 @@ fn remove_stale_filter(interface: &str) -> Result<(), TcError> {
     }
 }
 
-fn is_unknown_to_kernel(error: &ProgramError) -> bool {
-    matches!(raw_os_error(error), Some(libc::EINVAL | libc::EOPNOTSUPP))
+pub(crate) fn is_unknown_to_kernel(error: &ProgramError) -> bool {
+    // E2BIG: the request is longer than those that the kernel knows, and not zero there.
+    matches!(raw_os_error(error), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::E2BIG))
 }
 
 fn is_there_already(error: &TcError) -> bool {

@@ -19,6 +19,7 @@ use crate::receive;
 use crate::run::Options;
 use crate::server::{self, DEFAULT_SOCKET};
 use crate::supervisor;
+use crate::transport::Transport;
 
 /// Finds the VXLAN packets that this node sends with a broken outer UDP checksum, says why each is
 /// broken, and can put it right in place.
@@ -242,6 +243,15 @@ pub struct RunArgs {
     #[arg(long, value_enum, value_name = "MODE", num_args = 0..=1, default_missing_value = "on")]
     receive: Option<receive::Mode>,
 
+    /// How events come from the kernel: ring (a ring buffer, Linux 5.8), perf (a perf buffer for
+    /// each CPU, older ones), or the first of them that works [default: auto]
+    #[arg(long, value_enum)]
+    transport: Option<TransportArg>,
+
+    /// BTF of the running kernel, where it brings none itself at /sys/kernel/btf/vmlinux
+    #[arg(long, value_name = "PATH")]
+    btf: Option<PathBuf>,
+
     /// Size of each event buffer in KiB, a power of two [default: 1024]
     #[arg(long, value_name = "KIB", value_parser = ring_kib)]
     ring_kib: Option<u32>,
@@ -328,6 +338,15 @@ pub enum AttachArg {
     Clsact,
 }
 
+#[derive(Clone, Copy, Debug, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the words of the option")]
+pub enum TransportArg {
+    Auto,
+    Ring,
+    Perf,
+}
+
 /// A ring buffer is a power of two and whole pages; 64 KiB are whole pages everywhere.
 fn ring_kib(text: &str) -> Result<u32, String> {
     text.parse().ok().filter(|&kib| is_ring_kib(kib)).ok_or_else(|| RING_KIB.to_owned())
@@ -399,6 +418,12 @@ impl RunArgs {
         };
         let options = Options {
             watch,
+            transport: match self.transport.or(file.transport) {
+                None | Some(TransportArg::Auto) => None,
+                Some(TransportArg::Ring) => Some(Transport::Ring),
+                Some(TransportArg::Perf) => Some(Transport::Perf),
+            },
+            btf: self.btf.clone().or(file.btf),
             socket: server::Options {
                 path: self.socket.clone().or(file.socket),
                 group: self.socket_group.clone().or(file.socket_group),

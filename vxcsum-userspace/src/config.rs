@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
-use crate::cli::{AttachArg, FixArg, LogFormat, PolicyArg};
+use crate::cli::{AttachArg, FixArg, LogFormat, PolicyArg, TransportArg};
 use crate::receive;
 
 /// Read where no other file is named; need not be there.
@@ -27,6 +27,8 @@ pub struct Config {
     pub events_per_second: Option<u32>,
     pub attach: Option<AttachArg>,
     pub receive: Option<receive::Mode>,
+    pub transport: Option<TransportArg>,
+    pub btf: Option<PathBuf>,
     pub ring_kib: Option<u32>,
     pub socket: Option<PathBuf>,
     pub socket_group: Option<String>,
@@ -37,7 +39,7 @@ pub struct Config {
 }
 
 /// Every key, for suggestions.
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 17] = [
     "interface",
     "port",
     "policy",
@@ -46,6 +48,8 @@ const KEYS: [&str; 15] = [
     "events-per-second",
     "attach",
     "receive",
+    "transport",
+    "btf",
     "ring-kib",
     "socket",
     "socket-group",
@@ -140,6 +144,8 @@ mod tests {
             events-per-second = 10
             attach = "clsact"
             receive = "off"
+            transport = "perf"
+            btf = "/boot/btf"
             ring-kib = 256
             socket = "/run/x.sock"
             socket-group = "adm"

@@ -52,8 +52,8 @@ pub struct Event {
     pub inner: InnerView,
     /// `skb->mark`.
     pub mark: Hex,
-    /// Packets on the wire.
-    pub segments: u32,
+    /// Packets on the wire; null where that is not known of a packet that is still to be cut.
+    pub segments: Option<u32>,
     /// Length in bytes, link header included.
     pub len: u32,
     /// `skb->ip_summed` by its kernel name, where it can be read.
@@ -194,7 +194,7 @@ pub(crate) mod rfc3339 {
     }
 }
 
-/// Where the records of one ring buffer come from.
+/// Where the records of one program come from.
 #[derive(Clone, Debug)]
 pub struct Source {
     /// The interface.
@@ -204,7 +204,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// Decodes a record of the ring buffer; `None` for what no program of this version sends.
+    /// Decodes a record; `None` for what no program of this version sends.
     pub fn decode(&self, record: &[u8]) -> Option<Event> {
         let raw: layout::Event = bytemuck::try_pod_read_unaligned(record).ok()?;
         let bytes = raw.snapshot.get(..usize::from(raw.snapshot_len))?;
@@ -241,7 +241,7 @@ impl Source {
             },
             inner,
             mark: Hex::U32(raw.mark),
-            segments: raw.segments,
+            segments: (raw.segments != 0).then_some(raw.segments),
             len: raw.len,
             ip_summed: match raw.ip_summed {
                 0 => Some("none".to_owned()),
@@ -441,8 +441,10 @@ impl Display for Event {
         if self.mark != Hex::U32(0) {
             write!(f, "  mark {}", self.mark)?;
         }
-        if self.segments > 1 {
-            write!(f, "  segments {}", self.segments)?;
+        match self.segments {
+            Some(1) => {}
+            Some(segments) => write!(f, "  segments {segments}")?,
+            None => write!(f, "  segments unknown")?,
         }
         match self.action {
             Action::None => Ok(()),

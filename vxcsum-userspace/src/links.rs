@@ -37,6 +37,8 @@ pub struct Link {
     pub name: String,
     /// Frames carry no link header.
     pub is_raw_ip: bool,
+    /// Longest packet that it takes, in bytes without link header; 0 where that is not known.
+    pub mtu: u32,
     /// The interface below: of a VLAN its parent, of a VXLAN device the underlay if one is set.
     pub below: Option<u32>,
     /// The bond or bridge that it is a port of.
@@ -290,6 +292,7 @@ impl Link {
         for attribute in &message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
+                LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
                 LinkAttribute::Link(below) if *below != 0 => link.below = Some(*below),
                 LinkAttribute::Controller(controller) => link.controller = Some(*controller),
                 // The link below is in another namespace, where its index means another one.

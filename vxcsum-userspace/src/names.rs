@@ -34,6 +34,7 @@ by_name!(verdict, vxcsum_common::Verdict);
 by_name!(action, vxcsum_common::layout::Action);
 by_name!(fix_mode, vxcsum_common::layout::FixMode);
 by_name!(method, crate::attach::Method);
+by_name!(transport, crate::transport::Transport);
 
 /// [`crate::attach::Method`] by its name, or null.
 pub mod optional_method {

@@ -144,6 +144,7 @@ impl Plan {
             fix_unproven: wish.fix_unproven.into(),
             is_raw_ip: link.is_raw_ip.into(),
             following: 0,
+            max_frame_len: max_frame_len(link),
             event_cost_ns: wish.event_cost_ns(),
         };
         Ok(Self { ports, devices, config })
@@ -272,6 +273,16 @@ impl PortPlan {
             by_vni: policies.any(|other| other != (policy_ipv4, policy_ipv6)).into(),
             ..Port::default()
         }
+    }
+}
+
+/// With a link header and two VLAN tags, which the MTU does not count.
+const fn max_frame_len(link: &Link) -> u32 {
+    const LINK_HEADER_LEN: u32 = 14 + 2 * 4;
+    match link.mtu {
+        0 => u32::MAX,
+        mtu if link.is_raw_ip => mtu,
+        mtu => mtu.saturating_add(LINK_HEADER_LEN),
     }
 }
 

@@ -5,15 +5,20 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex};
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerfEventArray, RingBuf};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use thiserror::Error;
 use vxcsum_common::Device;
 use vxcsum_common::layout::{Config, Counters, DeviceKey, SYN_TOLD, SkbLayout};
 
+use crate::transport::{Buffer, OpenError, Transport};
+
 /// The object that the build script compiled.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxcsum-ebpf"));
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxcsum-ebpf"));
+/// The same without anything that Linux 4.19 does not know.
+pub static LEGACY_OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxcsum-ebpf-legacy"));
 
 /// Name of the program, also of its TC filter.
 pub const PROGRAM_NAME: &str = "vxcsum_egress";
@@ -28,13 +33,16 @@ pub enum LoadError {
     NotPermitted,
     /// Without the system call.
     #[error(
-        "this kernel has no BPF (the bpf system call is not there): vxcsum needs Linux 5.8 or \
+        "this kernel has no BPF (the bpf system call is not there): vxcsum needs Linux 4.19 or \
          newer built with CONFIG_BPF_SYSCALL"
     )]
     NoBpf,
     /// The object or a map of it was refused.
     #[error("cannot load the BPF object: {0}")]
     Object(#[source] EbpfError),
+    /// The perf buffers could not be opened.
+    #[error(transparent)]
+    Perf(#[from] OpenError),
     /// The program was refused.
     #[error("the kernel refused the BPF program {PROGRAM_NAME}: {0}")]
     Program(String),
@@ -54,17 +62,20 @@ pub enum LoadError {
 /// How to load.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
-    /// Where the kernel keeps the offload state, if that is known.
+    /// How events come, which decides about the object.
+    pub transport: Transport,
+    /// Where the kernel keeps the offload state, if that is known; for [`Transport::Ring`] only.
     pub skb_layout: Option<SkbLayout>,
-    /// Size of the ring buffer in bytes: a power of two and a multiple of the page size.
+    /// Size of the ring buffer in bytes: a power of two and a multiple of the page size. That of all
+    /// perf buffers together.
     pub ring_len: u32,
-    /// Whether the program writes a debug log (aya-log).
+    /// Whether the program writes a debug log (aya-log); over [`Transport::Ring`] only.
     pub debug_log: bool,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { skb_layout: None, ring_len: 1 << 20, debug_log: false }
+        Self { transport: Transport::Ring, skb_layout: None, ring_len: 1 << 20, debug_log: false }
     }
 }
 
@@ -139,16 +150,20 @@ pub struct Program {
 }
 
 impl Program {
-    /// Loads the program into the kernel. Returns it with the ring buffer of its events.
-    pub fn load(options: &LoadOptions) -> Result<(Self, RingBuf<MapData>), LoadError> {
+    /// Loads the program into the kernel. Returns it with the buffers of its events.
+    pub fn load(options: &LoadOptions) -> Result<(Self, Vec<Buffer>), LoadError> {
         let layout = options.skb_layout.unwrap_or_default();
         let log_level = if options.debug_log { aya_log::Level::Debug as u8 } else { 0 };
-        let mut ebpf = EbpfLoader::new()
-            .override_global("SKB_LAYOUT", bytemuck::bytes_of(&layout), true)
-            .override_global(aya_log::LEVEL, &log_level, true)
-            .map_max_entries("EVENTS", options.ring_len)
-            .load(OBJECT)
-            .map_err(LoadError::of_object)?;
+        let mut loader = EbpfLoader::new();
+        let outcome = match options.transport {
+            Transport::Ring => loader
+                .override_global("SKB_LAYOUT", bytemuck::bytes_of(&layout), true)
+                .override_global(aya_log::LEVEL, &log_level, true)
+                .map_max_entries("EVENTS", options.ring_len)
+                .load(OBJECT),
+            Transport::Perf => loader.load(LEGACY_OBJECT),
+        };
+        let mut ebpf = outcome.map_err(LoadError::of_object)?;
         let followed = Followed {
             flows: take_map(&mut ebpf, "FOLLOWED", HashMap::try_from)?,
             open: HashSet::new(),
@@ -158,7 +173,15 @@ impl Program {
         let config = take_map(&mut ebpf, "CONFIG", Array::try_from)?;
         let counters = take_map(&mut ebpf, "COUNTERS", PerCpuArray::try_from)?;
         let devices = take_map(&mut ebpf, "DEVICES", HashMap::try_from)?;
-        let events = take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?;
+        let events = match options.transport {
+            Transport::Ring => {
+                vec![Buffer::Ring(take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?)]
+            }
+            Transport::Perf => {
+                let array = take_map(&mut ebpf, "EVENTS", PerfEventArray::try_from)?;
+                Buffer::open_all(array, options.ring_len)?
+            }
+        };
         let followed = Arc::new(Mutex::new(followed));
         let mut program = Self { ebpf, config, counters, devices, followed };
         program.classifier()?.load().map_err(|error| LoadError::of_program(&error))?;

@@ -23,8 +23,8 @@ use vxcsum_common::receive::{Counters, Drops, Kernel, Peer};
 use crate::attach::chain;
 use crate::plan::Plan;
 use crate::program::{LoadError, Wire, take_map};
-use crate::skb_layout::VMLINUX_BTF;
 use crate::supervisor::{Record, forward};
+use crate::transport::Buffer;
 
 /// The object that the build script compiled.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/vxcsum-receive"));
@@ -86,9 +86,11 @@ pub enum Receive {
 }
 
 impl Receive {
-    /// Starts to watch as `mode` says. Drops are judged by `plan`; events go to `records`.
+    /// Starts to watch as `mode` says, on a kernel whose types `btf` describes. Drops are judged by
+    /// `plan`; events go to `records`.
     pub fn start(
         mode: Mode,
+        btf: &Path,
         plan: Plan,
         ring_len: u32,
         records: mpsc::Sender<Record>,
@@ -96,7 +98,7 @@ impl Receive {
         if mode == Mode::Off {
             return Ok(Self::Not("turned off".to_owned()));
         }
-        match Watched::start(plan, ring_len, records) {
+        match Watched::start(btf, plan, ring_len, records) {
             Ok(watched) => {
                 tracing::info!("receive side: on, reports packets dropped for their UDP checksum");
                 Ok(Self::Watched(Box::new(watched)))
@@ -154,13 +156,18 @@ struct Maps {
 
 impl Watched {
     /// An error says in one line what the kernel lacks.
-    fn start(plan: Plan, ring_len: u32, records: mpsc::Sender<Record>) -> Result<Self, String> {
-        let kernel = kernel::read(Path::new(VMLINUX_BTF))?;
+    fn start(
+        btf: &Path,
+        plan: Plan,
+        ring_len: u32,
+        records: mpsc::Sender<Record>,
+    ) -> Result<Self, String> {
+        let kernel = kernel::read(btf)?;
         let (mut ebpf, mut maps, events) = load(&kernel, ring_len).map_err(|it| one_line(&it))?;
         maps.configure(&plan).map_err(|error| one_line(&error))?;
         // SAFETY: the ring buffer owns its file descriptor and keeps it open and the same as long
         // as it lives, which is longer than the registration.
-        let events = unsafe { AsyncFd::register(events) }
+        let events = unsafe { AsyncFd::register(Buffer::Ring(events)) }
             .map_err(|error| format!("cannot wait for events: {error}"))?;
         let program = program(&mut ebpf).map_err(|error| one_line(&error))?;
         program.load().map_err(|error| refused(&error))?;
@@ -175,7 +182,7 @@ impl Watched {
             None => Record::Undecodable("the receive side".to_owned()),
         };
         let (stop, stopped) = watch::channel(false);
-        let reader = tokio::spawn(forward(events, decode, records, stopped));
+        let reader = tokio::spawn(forward(vec![events], decode, records, Arc::default(), stopped));
         Ok(Self { ebpf, maps, before, plan, stop, reader })
     }
 

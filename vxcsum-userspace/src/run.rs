@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -14,28 +14,32 @@ use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
-use vxcsum_common::layout::SkbLayout;
 
 use crate::annotate::annotate;
 use crate::cause::Narrator;
 use crate::changes;
 use crate::cli::{LogFormat, UsageError};
 use crate::event::boot_clock;
+use crate::kernel::{self, Kernel};
 use crate::links::sent_packets;
 use crate::metrics;
 use crate::news::{Channels, News, distribute, lock, observe};
 use crate::privileges::{check_privileges, drop_privileges};
 use crate::server::{self, Metered, Request, Server};
-use crate::skb_layout::{self, VMLINUX_BTF};
 use crate::stalls::Stalls;
 use crate::summary::Summary;
 use crate::supervisor::{self, Supervisor};
+use crate::transport::Transport;
 
 /// What to run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// What to watch.
     pub watch: supervisor::Options,
+    /// How events come; the best that the kernel has where that is left open.
+    pub transport: Option<Transport>,
+    /// Another description of the kernel's types than its own.
+    pub btf: Option<PathBuf>,
     /// Where clients connect.
     pub socket: server::Options,
     /// Where to serve metrics, if anywhere.
@@ -68,7 +72,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     // What needs more privileges than it goes on with comes first, and threads come later: they
     // inherit what is left.
     let server = Server::bind(&options.socket)?;
-    let skb_layout = read_skb_layout();
+    let kernel = probe(&options)?;
     drop_privileges()?;
 
     let (records, recorded) = mpsc::channel(QUEUE_LEN);
@@ -90,7 +94,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
 
     // Subscribed before the first look, so that nothing falls between.
     let mut changes = changes::subscribe().context("cannot follow network devices")?;
-    let mut supervisor = Supervisor::new(options.watch, skb_layout, records);
+    let mut supervisor = Supervisor::new(options.watch, kernel, records);
     supervisor.start().await?;
     let (requests, mut requested) = mpsc::channel(server::MAX_CLIENTS);
     if let Some(address) = options.metrics {
@@ -130,13 +134,14 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
         // Takes the socket's file away.
         serving.abort();
     }
-    let fix = supervisor.fix();
+    let (fix, kernel) = (supervisor.fix(), supervisor.kernel().clone());
     let counted = supervisor.stop().await?;
     // The supervisor is gone, and with it the last sender of records.
     for task in telling {
         task.await.context("cannot hand on events")?;
     }
-    let summary = Summary::new(fix, counted).with_stalls(lock(&stalls).overview(boot_clock()));
+    let stalls = lock(&stalls).overview(boot_clock());
+    let summary = Summary::new(fix, &kernel, counted).with_stalls(stalls);
     // Fails when nobody reads any more, which ends quietly.
     let _ = to_printer.send(Line::Summary(Box::new(summary))).await;
     drop(to_printer);
@@ -158,8 +163,8 @@ fn warn_of_restart(current: &Options, new: &Options) {
     };
     if kept != *new {
         tracing::warn!(
-            "attach, receive, ring-kib, socket, socket-group, metrics, json, quiet and log-format change \
-             with the next start only"
+            "attach, receive, transport, btf, ring-kib, socket, socket-group, metrics, json, quiet \
+             and log-format change with the next start only"
         );
     }
 }
@@ -178,7 +183,7 @@ async fn answer(request: Request, supervisor: &mut Supervisor, stalls: &Mutex<St
             let sent = sent_packets().await.unwrap_or_default();
             let summary = supervisor.counted(&sent).map(|it| {
                 let stalls = lock(stalls).overview(boot_clock());
-                Summary::new(supervisor.fix(), it).with_stalls(stalls)
+                Summary::new(supervisor.fix(), supervisor.kernel(), it).with_stalls(stalls)
             });
             let _ = reply.send(summary);
         }
@@ -256,13 +261,16 @@ fn raise_memlock_limit() {
     let _ = rlimit::Resource::MEMLOCK.set(rlimit::INFINITY, rlimit::INFINITY);
 }
 
-/// Without it the offload state is missing from events, and nested tunnels are `unverified`.
-fn read_skb_layout() -> Option<SkbLayout> {
-    match skb_layout::read(Path::new(VMLINUX_BTF)) {
-        Ok(layout) => Some(layout),
-        Err(error) => {
-            tracing::warn!("{error}; events go without ip_summed");
-            None
-        }
+/// Finds out what the kernel offers, and says what it does not.
+fn probe(options: &Options) -> Result<Kernel> {
+    let Options { transport, btf, watch, .. } = options;
+    let wish = kernel::Wish { transport: *transport, btf: btf.as_deref(), method: watch.method };
+    let kernel = Kernel::probe(&wish)?;
+    for missing in &kernel.missing {
+        tracing::warn!("{missing}");
     }
+    if watch.bpf_log && kernel.transport == Transport::Perf {
+        tracing::warn!("no debug log of the BPF program: it needs the ring buffer");
+    }
+    Ok(kernel)
 }

@@ -9,10 +9,12 @@ use vxcsum_common::Verdict;
 use vxcsum_common::layout::{FixMode, Report};
 
 use crate::attach::Method;
+use crate::kernel::{Kernel, Missing};
 use crate::names;
 use crate::receive;
 use crate::stalls::Overview;
 use crate::supervisor::{Counted, Counts};
+use crate::transport::Transport;
 
 /// All interfaces.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -20,6 +22,10 @@ pub struct Summary {
     /// What is written into broken packets.
     #[serde(with = "names::fix_mode")]
     pub fix: FixMode,
+    #[serde(with = "names::transport")]
+    transport: Transport,
+    /// What the kernel lacks.
+    missing: Vec<Missing>,
     events: Events,
     interfaces: Vec<Interface>,
     receive: ReceiveSide,
@@ -140,9 +146,11 @@ struct OnWire {
 
 impl Summary {
     /// Of all interfaces, by what their programs have counted.
-    pub fn new(fix: FixMode, counts: Counts) -> Self {
+    pub fn new(fix: FixMode, kernel: &Kernel, counts: Counts) -> Self {
         let mut summary = Self {
             fix,
+            transport: kernel.transport,
+            missing: kernel.missing.clone(),
             events: Events::default(),
             interfaces: Vec::new(),
             receive: ReceiveSide::new(counts.receive),
@@ -226,7 +234,7 @@ impl Table<'_> {
 
 impl Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Summary { fix, events, interfaces, receive, stalls } = self.summary;
+        let Summary { fix, transport, missing, events, interfaces, receive, stalls } = self.summary;
         if interfaces.is_empty() {
             writeln!(f, "no interface is watched")?;
         }
@@ -271,21 +279,33 @@ impl Display for Table<'_> {
         }
         stalls.fmt(f)?;
         receive.fmt(f)?;
+        for missing in missing {
+            writeln!(f, "{missing}")?;
+        }
         let Events { emitted, suppressed, lost } = events;
         write!(
             f,
-            "fix {}; events: {emitted} emitted, {suppressed} suppressed, {lost} lost",
-            fix.as_str()
+            "fix {}; events ({}): {emitted} emitted, {suppressed} suppressed, {lost} lost",
+            fix.as_str(),
+            transport.as_str()
         )
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use vxcsum_common::layout::Counters;
     use vxcsum_common::receive::Drops;
 
     use super::*;
+
+    fn kernel() -> Kernel {
+        let [feature, reason, cost] = ["tcx", "unknown", "clsact"].map(str::to_owned);
+        let missing = vec![Missing { feature, reason, cost }];
+        Kernel { transport: Transport::Perf, skb_layout: None, btf: PathBuf::new(), missing }
+    }
 
     fn counted(packets: u64) -> Counts {
         let mut counters = Counters { not_vxlan: 2, zeroed: 1, ..Counters::default() };
@@ -309,9 +329,13 @@ mod tests {
 
     #[test]
     fn json_is_as_documented() {
-        let summary = Summary::new(FixMode::Zero, counted(3));
+        let summary = Summary::new(FixMode::Zero, &kernel(), counted(3));
         let json = serde_json::to_value(&summary).unwrap();
         assert_eq!(json["fix"], "zero");
+        assert_eq!(
+            (&json["transport"], &json["missing"][0]["feature"]),
+            (&"perf".into(), &"tcx".into())
+        );
         assert_eq!(json["events"]["emitted"], 3);
         let interface = &json["interfaces"][0];
         assert_eq!(interface["name"], "eth0");
@@ -335,26 +359,30 @@ mod tests {
 
     #[test]
     fn the_table_shows_rates_and_what_is_broken() {
-        let earlier = Summary::new(FixMode::Off, counted(3));
-        let now = Summary::new(FixMode::Off, counted(5));
+        let earlier = Summary::new(FixMode::Off, &kernel(), counted(3));
+        let now = Summary::new(FixMode::Off, &kernel(), counted(5));
         let table = now.table(&earlier, Duration::from_secs(2)).to_string();
         let row = table.lines().find(|line| line.contains("stale_nat")).unwrap();
         assert!(row.contains("1.0/s") && row.ends_with("broken"), "{table}");
         assert!(!table.contains("STARVED"), "{table}");
-        assert!(table.ends_with("fix off; events: 5 emitted, 0 suppressed, 0 lost"), "{table}");
+        assert!(
+            table.ends_with("fix off; events (perf): 5 emitted, 0 suppressed, 0 lost"),
+            "{table}"
+        );
+        assert!(table.contains("\nno tcx (unknown): clsact\n"), "{table}");
     }
 
     #[test]
     fn the_receive_side_says_who_or_why_not() {
         let mut counts = counted(0);
-        let table = Summary::new(FixMode::Off, counts.clone()).to_string();
+        let table = Summary::new(FixMode::Off, &kernel(), counts.clone()).to_string();
         assert!(table.contains("receive side: 6 VXLAN packets dropped"), "{table}");
         assert!(table.contains("from 10.0.0.11 ") && !table.contains("InCsum"), "{table}");
         counts.receive.in_csum_errors = Some(11);
-        let table = Summary::new(FixMode::Off, counts.clone()).to_string();
+        let table = Summary::new(FixMode::Off, &kernel(), counts.clone()).to_string();
         assert!(table.contains("the kernel has counted 11 "), "{table}");
         counts.receive.why_not = Some("no BTF".to_owned());
-        let table = Summary::new(FixMode::Off, counts).to_string();
+        let table = Summary::new(FixMode::Off, &kernel(), counts).to_string();
         assert!(table.contains("receive side: off, no BTF\n"), "{table}");
     }
 
@@ -363,7 +391,7 @@ mod tests {
         let at = |sent| {
             let mut counted = counted(3);
             counted.interfaces[0].sent_packets = Some(sent);
-            Summary::new(FixMode::Off, counted)
+            Summary::new(FixMode::Off, &kernel(), counted)
         };
         let table = |sent| at(sent).table(&at(100), Duration::from_secs(1)).to_string();
         assert!(table(200).contains("STARVED: the NIC has sent 100 packets"), "{}", table(200));

@@ -1,23 +1,28 @@
 //! Keeps the right interfaces watched, as devices come, change and go.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use anyhow::{Context as _, Result, bail};
-use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
+use futures_util::future::select_all;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use vxcsum_common::layout::{Counters, FixMode, SkbLayout};
+use vxcsum_common::layout::{Counters, FixMode, Report};
 
 use crate::attach::{Attachment, Claim, Method};
 use crate::event::{Event, Source};
+use crate::kernel::Kernel;
 use crate::links::{Link, Links};
 use crate::plan::{Plan, Wish};
 use crate::program::{LoadOptions, Program};
 use crate::receive::{self, Receive};
 use crate::stalls::Follower;
+use crate::transport::{Buffer, Taken, Transport};
 
 /// What to watch, and how.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,7 +33,7 @@ pub struct Options {
     pub wish: Wish,
     /// How to attach; the best that the kernel has where that is left open.
     pub method: Option<Method>,
-    /// Size of each ring buffer in bytes.
+    /// Size of the event buffers of each interface in bytes.
     pub ring_len: u32,
     /// Show the debug log of the BPF program.
     pub bpf_log: bool,
@@ -36,7 +41,7 @@ pub struct Options {
     pub receive: receive::Mode,
 }
 
-/// What comes out of a ring buffer.
+/// What comes out of an event buffer.
 #[derive(Clone)]
 pub enum Record {
     /// A broken packet, or one of a flow that is followed, and who follows flows where it left.
@@ -45,6 +50,15 @@ pub enum Record {
     Dropped(Arc<Event>),
     /// Not an event of this version, from this interface.
     Undecodable(String),
+}
+
+impl Record {
+    fn time(&self) -> Option<SystemTime> {
+        match self {
+            Self::Event(event, _) | Self::Dropped(event) => Some(event.time),
+            Self::Undecodable(_) => None,
+        }
+    }
 }
 
 /// What was counted on all interfaces, and on the receiver's side.
@@ -72,7 +86,7 @@ pub struct Counted {
 /// All watched interfaces.
 pub struct Supervisor {
     options: Options,
-    skb_layout: Option<SkbLayout>,
+    kernel: Kernel,
     records: mpsc::Sender<Record>,
     watched: BTreeMap<u32, Watched>,
     receive: Receive,
@@ -90,19 +104,25 @@ struct Watched {
     claim: Claim,
     source: watch::Sender<Arc<Source>>,
     stop: watch::Sender<bool>,
+    arrived: Arc<Arrived>,
     reader: JoinHandle<()>,
+}
+
+/// What has become of the events that a program has sent.
+#[derive(Debug, Default)]
+pub(crate) struct Arrived {
+    /// Taken out of the buffers, those only that the program has counted as events.
+    taken: AtomicU64,
+    /// Had found no room, as far as perf buffers have told.
+    lost: AtomicU64,
 }
 
 impl Supervisor {
     /// Watches nothing yet. Events go to `records`, whose reader they wait for.
-    pub fn new(
-        options: Options,
-        skb_layout: Option<SkbLayout>,
-        records: mpsc::Sender<Record>,
-    ) -> Self {
+    pub fn new(options: Options, kernel: Kernel, records: mpsc::Sender<Record>) -> Self {
         Self {
             options,
-            skb_layout,
+            kernel,
             records,
             watched: BTreeMap::new(),
             receive: Receive::Not("not started yet".to_owned()),
@@ -131,6 +151,7 @@ impl Supervisor {
         }
         self.receive = Receive::start(
             self.options.receive,
+            &self.kernel.btf,
             self.receive_plan(&links)?,
             self.options.ring_len,
             self.records.clone(),
@@ -207,20 +228,25 @@ impl Supervisor {
     /// Loads, configures and attaches the program of one interface.
     fn watch(&mut self, link: &Link, links: &Links) -> Result<()> {
         let claim = Claim::new(&link.name, link.index)?;
+        let transport = self.kernel.transport;
+        let debug_log = self.options.bpf_log && transport == Transport::Ring;
         let (mut program, events) = Program::load(&LoadOptions {
-            skb_layout: self.skb_layout,
+            transport,
+            skb_layout: self.kernel.skb_layout,
             ring_len: self.options.ring_len,
-            debug_log: self.options.bpf_log,
+            debug_log,
         })?;
         let plan = self.plan(link, links)?;
         for (key, device) in plan.devices() {
             program.set_device(key, device)?;
         }
         program.configure(plan.config())?;
-        // SAFETY: the ring buffer owns its file descriptor and keeps it open and the same as long
-        // as it lives, which is longer than the registration.
-        let events = unsafe { AsyncFd::register(events) }.context("cannot wait for events")?;
-        if self.options.bpf_log {
+        // SAFETY: a buffer owns its file descriptor and keeps it open and the same as long as it
+        // lives, which is longer than the registration.
+        let register = |buffer| unsafe { AsyncFd::register(buffer) }.map_err(io::Error::from);
+        let events: io::Result<Vec<_>> = events.into_iter().map(register).collect();
+        let events = events.context("cannot wait for events")?;
+        if debug_log {
             let log = EbpfLogger::init_with_logger(program.ebpf(), StderrLog)
                 .context("cannot read the debug log of the BPF program")?;
             // SAFETY: as above.
@@ -240,9 +266,11 @@ impl Supervisor {
                 None => Record::Undecodable(source.interface.clone()),
             }
         };
-        let reader = tokio::spawn(forward(events, decode, self.records.clone(), stopped));
+        let arrived = Arc::<Arrived>::default();
+        let records = self.records.clone();
+        let reader = tokio::spawn(forward(events, decode, records, arrived.clone(), stopped));
         let name = link.name.clone();
-        let watched = Watched { name, program, attachment, claim, source, stop, reader };
+        let watched = Watched { name, program, attachment, claim, source, stop, arrived, reader };
         self.watched.insert(link.index, watched);
         give_back_memory();
         Ok(())
@@ -298,21 +326,31 @@ impl Supervisor {
         self.options.wish.fix
     }
 
+    /// What the kernel offers.
+    pub const fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
     /// What has been counted so far, beside what the interfaces say that they have sent.
     pub fn counted(&self, sent_packets: &BTreeMap<u32, u64>) -> Result<Counts> {
         let mut counted = Vec::new();
-        for (index, Watched { name, program, attachment, .. }) in &self.watched {
+        for (index, Watched { name, program, attachment, arrived, .. }) in &self.watched {
+            // In this order: kernels that tell the program of a loss have it counted before the
+            // buffer tells of it.
+            let lost = arrived.lost.load(Ordering::Relaxed);
+            let mut counters = program.counters()?;
+            counters.lose(lost.saturating_sub(counters.reported(Report::Lost).skbs));
             counted.push(Counted {
                 name: name.clone(),
                 method: Some(attachment.method),
-                counters: program.counters()?,
+                counters,
                 sent_packets: sent_packets.get(index).copied(),
             });
         }
         Ok(Counts { interfaces: self.with_past(counted), receive: self.receive.counted()? })
     }
 
-    /// Detaches from all interfaces. First the programs end, then what they have left in the ring
+    /// Detaches from all interfaces. First the programs end, then what they have left in the
     /// buffers is read, then the counters: so every event that is counted has been forwarded.
     pub async fn stop(mut self) -> Result<Counts> {
         let mut counted = Vec::new();
@@ -360,7 +398,8 @@ impl Watched {
     }
 
     async fn end(self) -> Result<(Method, Counters)> {
-        let Self { name, mut program, attachment, claim, source: _source, stop, reader } = self;
+        let Self { name, mut program, attachment, claim, source: _source, stop, arrived, reader } =
+            self;
         let method = attachment.method;
         // It is off already where the interface itself is gone.
         if let Err(error) = attachment.detach(program.classifier()?) {
@@ -368,7 +407,10 @@ impl Watched {
         }
         stop.send_replace(true);
         reader.await.with_context(|| format!("cannot read the events of {name}"))?;
-        let counters = program.counters()?;
+        let mut counters = program.counters()?;
+        // None where the kernel tells the program of each event that found no room.
+        let sent = counters.reported(Report::Emitted).skbs;
+        counters.lose(sent.saturating_sub(arrived.taken.load(Ordering::Relaxed)));
         drop(claim);
         Ok((method, counters))
     }
@@ -387,31 +429,55 @@ const fn sortable(key: vxcsum_common::layout::DeviceKey) -> (u32, u32) {
     (key.port, key.vni)
 }
 
-/// Takes records from a ring buffer, until told to stop and the ring is empty.
+/// Takes records from the buffers of a program, until told to stop and all are empty.
 pub(crate) async fn forward(
-    mut events: AsyncFd<RingBuf<MapData>>,
+    mut buffers: Vec<AsyncFd<Buffer>>,
     decode: impl Fn(&[u8]) -> Record,
     records: mpsc::Sender<Record>,
+    arrived: Arc<Arrived>,
     mut stop: watch::Receiver<bool>,
 ) {
     loop {
         let stopping = *stop.borrow_and_update();
-        while let Some(bytes) = events.get_mut().next().map(|bytes| bytes.to_vec()) {
-            if records.send(decode(&bytes)).await.is_err() {
-                return;
+        loop {
+            let mut taken = Taken::default();
+            for buffer in &mut buffers {
+                buffer.get_mut().take(&mut taken);
+            }
+            arrived.lost.fetch_add(taken.lost, Ordering::Relaxed);
+            if taken.records.is_empty() {
+                break;
+            }
+            arrived.taken.fetch_add(taken.events(), Ordering::Relaxed);
+            let mut decoded: Vec<_> = taken.records.iter().map(|record| decode(record)).collect();
+            // Those of one CPU are in order already.
+            if buffers.len() > 1 {
+                decoded.sort_by_key(Record::time);
+            }
+            for record in decoded {
+                if records.send(record).await.is_err() {
+                    return;
+                }
             }
         }
         if stopping {
             return;
         }
         tokio::select! {
-            ready = events.readable_mut() => match ready {
-                Ok(mut ready) => ready.clear_ready(),
-                Err(_) => return,
+            readable = any_readable(&mut buffers) => if readable.is_err() {
+                return;
             },
             _ = stop.changed() => {}
         }
     }
+}
+
+/// Waits until one of the buffers has something.
+async fn any_readable(buffers: &mut [AsyncFd<Buffer>]) -> io::Result<()> {
+    let each = buffers.iter_mut().map(|buffer| Box::pin(buffer.readable_mut()));
+    let (ready, ..) = select_all(each).await;
+    ready?.clear_ready();
+    Ok(())
 }
 
 async fn forward_log(mut log: AsyncFd<EbpfLogger<StderrLog>>) {

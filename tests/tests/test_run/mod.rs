@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use aya::maps::{MapData, RingBuf};
 use aya::programs::{TestRun as _, TestRunOptions};
 use internet_checksum::Checksum;
 use vxcsum::program::{LoadOptions, Program};
 use vxcsum::skb_layout::{self, VMLINUX_BTF};
+use vxcsum::transport::{Buffer, Taken, Transport};
 use vxcsum_common::fix::remedy;
 use vxcsum_common::layout::{Action, Config, Counters, DeviceKey, Event, MASQUERADE_MARK, Report};
 use vxcsum_common::outer::Beyond;
@@ -124,7 +124,8 @@ pub(crate) trait Way {
 /// A loaded program.
 pub(crate) struct Kernel<W> {
     program: Program,
-    events: RingBuf<MapData>,
+    events: Vec<Buffer>,
+    transport: Transport,
     /// It is told where `sk_buff` has the offload state.
     knows_offload: bool,
     counters: Counters,
@@ -133,16 +134,23 @@ pub(crate) struct Kernel<W> {
 }
 
 impl<W: Way> Kernel<W> {
+    /// Every program there is, and what it knows of offloading.
+    pub(crate) const ALL: [(Transport, bool); 3] =
+        [(Transport::Ring, false), (Transport::Ring, true), (Transport::Perf, false)];
+
     /// Loads the program, and opens the way to it.
-    pub(crate) fn load(knows_offload: bool, way: impl FnOnce(&mut Program) -> W) -> Self {
+    pub(crate) fn load(
+        (transport, knows_offload): (Transport, bool),
+        way: impl FnOnce(&mut Program) -> W,
+    ) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "the BPF program is for root to load");
         let skb_layout = skb_layout::read(Path::new(VMLINUX_BTF)).unwrap();
         let skb_layout = knows_offload.then_some(skb_layout);
-        let options = LoadOptions { skb_layout, ..LoadOptions::default() };
+        let options = LoadOptions { transport, skb_layout, ..LoadOptions::default() };
         let (mut program, events) = Program::load(&options).unwrap();
         let way = way(&mut program);
         let counters = program.counters().unwrap();
-        Self { program, events, knows_offload, counters, devices: Vec::new(), way }
+        Self { program, events, transport, knows_offload, counters, devices: Vec::new(), way }
     }
 
     /// The states of its sums in which the packet can come before the program.
@@ -175,16 +183,17 @@ impl<W: Way> Kernel<W> {
         let config = self.config();
         let after = self.way.pass(&mut self.program, case, offload);
         let counters = self.program.counters().unwrap();
-        let verdict = counted(&self.counters, &counters, case);
+        let on_wire = OnWire::of(case, self.transport);
+        let verdict = counted(&self.counters, &counters, case, on_wire);
         let is_broken = verdict.is_some_and(Verdict::is_broken);
         if is_broken || verdict.is_none() {
             assert_eq!(self.config(), config, "{name}: it teaches nothing");
         }
         let events = self.events();
         assert_eq!(events.len(), usize::from(is_broken), "{name}: events");
-        let report = events.first().map(|event| told_by(event, case, offload, verdict));
+        let report = events.first().map(|event| told_by(event, case, on_wire, offload, verdict));
         let action = report.and_then(|told| Action::from_u8(told.action));
-        let fixed = |wanted| if action == Some(wanted) { u64::from(case.segments) } else { 0 };
+        let fixed = |wanted| if action == Some(wanted) { on_wire.packets } else { 0 };
         let [zeroed, restored] = [Action::Zeroed, Action::Restored].map(fixed);
         assert_eq!(counters.zeroed - self.counters.zeroed, zeroed, "{name}: zeroed");
         assert_eq!(counters.restored - self.counters.restored, restored, "{name}: restored");
@@ -193,23 +202,28 @@ impl<W: Way> Kernel<W> {
     }
 
     fn events(&mut self) -> Vec<Event> {
-        let mut events = Vec::new();
-        while let Some(event) = self.events.next() {
-            events.push(bytemuck::pod_read_unaligned(&event));
-        }
-        events
+        let mut taken = Taken::default();
+        self.events.iter_mut().for_each(|buffer| buffer.take(&mut taken));
+        assert_eq!(taken.lost, 0);
+        taken.records.iter().map(|record| bytemuck::pod_read_unaligned(record)).collect()
     }
 }
 
 /// Checks what an event says of every broken packet; returns the rest.
-fn told_by(event: &Event, case: &Case, offload: Offload, verdict: Option<Verdict>) -> Told {
+fn told_by(
+    event: &Event,
+    case: &Case,
+    on_wire: OnWire,
+    offload: Offload,
+    verdict: Option<Verdict>,
+) -> Told {
     let (name, frame) = (&case.name, &case.frame.bytes);
     assert_eq!(Verdict::from_u8(event.verdict), verdict, "{name}");
     let len = frame.len().min(event.snapshot.len());
     assert_eq!(usize::from(event.snapshot_len), len, "{name}");
     assert_eq!(event.snapshot[..len], frame[..len], "{name}: snapshot");
     assert_eq!(event.len as usize, frame.len(), "{name}");
-    assert_eq!(event.segments, case.segments, "{name}");
+    assert_eq!(event.segments, on_wire.told_segments, "{name}");
     assert_eq!(event.mark, case.mark, "{name}");
     assert_ne!(event.boot_ns, 0, "{name}");
     let ip_summed = match offload {
@@ -230,7 +244,7 @@ fn told_by(event: &Event, case: &Case, offload: Offload, verdict: Option<Verdict
 }
 
 /// The verdict that was counted between two readings: one, for one packet.
-fn counted(before: &Counters, after: &Counters, case: &Case) -> Option<Verdict> {
+fn counted(before: &Counters, after: &Counters, case: &Case, on_wire: OnWire) -> Option<Verdict> {
     let name = &case.name;
     assert_eq!(after.skbs() - before.skbs(), 1, "{name}: packets counted");
     let mut counted = None;
@@ -239,9 +253,9 @@ fn counted(before: &Counters, after: &Counters, case: &Case) -> Option<Verdict> 
         if after != before {
             assert_eq!(after.skbs - before.skbs, 1, "{name}: {}", verdict.as_str());
             let packets = after.packets() - before.packets();
-            assert_eq!(packets, u64::from(case.segments), "{name}: packets");
+            assert_eq!(packets, on_wire.packets, "{name}: packets");
             let bytes = after.bytes - before.bytes;
-            assert_eq!(bytes, u64::from(wire_len(case)), "{name}: bytes");
+            assert_eq!(bytes, on_wire.bytes, "{name}: bytes");
             counted = Some(verdict);
         }
     }
@@ -255,6 +269,32 @@ fn counted(before: &Counters, after: &Counters, case: &Case) -> Option<Verdict> 
         assert_eq!(reported, expected, "{name}: {report:?}");
     }
     counted
+}
+
+/// What is counted of a packet, and told of its segments.
+#[derive(Clone, Copy)]
+struct OnWire {
+    packets: u64,
+    bytes: u64,
+    told_segments: u32,
+}
+
+impl OnWire {
+    fn of(case: &Case, transport: Transport) -> Self {
+        match transport {
+            Transport::Ring => Self {
+                packets: case.segments.into(),
+                bytes: wire_len(case).into(),
+                told_segments: case.segments,
+            },
+            // As the stack hands it down: old kernels do not tell what becomes of it.
+            Transport::Perf => Self {
+                packets: 1,
+                bytes: case.frame.bytes.len() as u64,
+                told_segments: u32::from(case.segments == 1),
+            },
+        }
+    }
 }
 
 /// Bytes on the wire: every segment but the first repeats the headers. How many bytes these are is

@@ -64,7 +64,7 @@ pub(super) fn decode(plan: &Plan, record: &[u8]) -> Option<Event> {
             None => InnerView::cut(),
         },
         mark: Hex::U32(dropped.mark),
-        segments: 1,
+        segments: Some(1),
         len: dropped.len + dropped.link_len,
         ip_summed: None,
         proof: judged.proof.and_then(Proof::as_str).map(str::to_owned),

@@ -1,0 +1,128 @@
+//! What the daemon does without where the kernel does not have it, and what it says of that.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use aya::EbpfLoader;
+use aya::programs::SchedClassifier;
+use vxcsum::program::{OBJECT, PROGRAM_NAME};
+use vxcsum_common::layout::SkbLayout;
+use vxcsum_tests::client::Socket;
+use vxcsum_tests::daemon::{Daemon, run_to_end};
+use vxcsum_tests::folder::Folder;
+use vxcsum_tests::lab::{Lab, LabConfig, NIC, Nat};
+use vxcsum_tests::traffic::{self, TcpServer};
+use vxcsum_tests::wait::wait_until;
+
+const PLENTY: Duration = Duration::from_secs(5);
+const STALL: Duration = Duration::from_millis(700);
+const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+fn lab() -> Result<Lab> {
+    LabConfig { nat: Nat::Masquerade { random_fully: true }, ..LabConfig::default() }.start()
+}
+
+fn missing(status: &serde_json::Value) -> Vec<&str> {
+    let missing = status["missing"].as_array().into_iter().flatten();
+    missing.filter_map(|it| it["feature"].as_str()).collect()
+}
+
+#[test]
+fn status_tells_transport_and_what_is_missing() -> Result<()> {
+    let lab = lab()?;
+    for (transport, segments_are_missing) in [("ring", false), ("perf", true)] {
+        let socket = Socket::new()?;
+        let args = ["run", "--json", "--interface", NIC, "--transport", transport];
+        let command = socket.command_in(&lab.a, args)?;
+        let daemon = Daemon::launch(command)?;
+        daemon.wait_watching()?;
+        wait_until("an answer", PLENTY, || Ok(socket.status().is_ok()))?;
+        let status = socket.status_json()?;
+        assert_eq!(status["transport"], transport, "{status:#}");
+        assert_eq!(missing(&status).contains(&"segments"), segments_are_missing, "{status:#}");
+        assert!(!missing(&status).contains(&"ring_buffer"), "this kernel has it: {status:#}");
+        // Each was said at the start, with its reason and its cost.
+        let said = daemon.stderr();
+        for feature in missing(&status) {
+            let begin = format!("no {feature} (");
+            let lines = said.iter().filter(|line| line.contains(&begin) && line.contains("): "));
+            assert_eq!(lines.count(), 1, "{feature}: {said:#?}");
+        }
+        daemon.stop()?;
+    }
+    Ok(())
+}
+
+/// BTF from a file is as good as the kernel's own.
+#[test]
+fn btf_may_come_from_a_file() -> Result<()> {
+    let lab = lab()?;
+    let folder = Folder::new()?;
+    let copy = folder.path().join("btf");
+    fs::copy(VMLINUX_BTF, &copy)?;
+    let path = copy.to_str().context("a path that is no text")?;
+    let tcp = TcpServer::start(&lab.b, (lab.inner_b(), 0).into())?;
+    let socket = Socket::new()?;
+    let args = ["run", "--json", "--interface", NIC, "--transport", "ring", "--btf", path];
+    let daemon = Daemon::launch(socket.command_in(&lab.a, args)?)?;
+    daemon.wait_watching()?;
+    assert_eq!(traffic::try_connect(&lab.a, tcp.address(), STALL)?, None);
+    daemon.wait_events(1, PLENTY)?;
+    for line in daemon.lines() {
+        let event: serde_json::Value = serde_json::from_str(&line)?;
+        assert_eq!(event["ip_summed"], "partial", "{line}");
+    }
+    daemon.stop()?;
+    Ok(())
+}
+
+#[test]
+fn btf_that_is_none_is_refused() -> Result<()> {
+    let lab = lab()?;
+    let folder = Folder::new()?;
+    let text = folder.path().join("text");
+    fs::write(&text, "no types")?;
+    for path in [text.as_path(), Path::new("/nonexistent/btf")] {
+        let socket = Socket::new()?;
+        let args = ["run", "--interface", NIC, "--transport", "ring", "--btf"];
+        let mut command =
+            socket.command_in(&lab.a, args.map(OsStr::new).iter().chain([&path.as_os_str()]))?;
+        let ended = run_to_end(&mut command, PLENTY)?;
+        assert_eq!(ended.code, Some(2), "{ended:?}");
+        assert!(ended.stderr.contains(&path.display().to_string()), "{ended:?}");
+    }
+    Ok(())
+}
+
+/// The object as a kernel sees it that has no such helper as `bpf_probe_read_kernel`, or that is
+/// locked down.
+#[test]
+fn a_kernel_that_does_not_let_bpf_read_its_memory_takes_the_rest() -> Result<()> {
+    const CALL: [u8; 4] = [0x85, 0, 0, 0];
+    const PROBE_READ_KERNEL: [u8; 4] = 113_u32.to_ne_bytes();
+    const NO_HELPER: [u8; 4] = 0x7fff_u32.to_ne_bytes();
+    let mut object = OBJECT.to_vec();
+    let mut calls = 0;
+    for instruction in object.chunks_exact_mut(8) {
+        if instruction == [CALL, PROBE_READ_KERNEL].concat() {
+            instruction[4..].copy_from_slice(&NO_HELPER);
+            calls += 1;
+        }
+    }
+    assert!(calls >= 5, "{calls} calls");
+    let load = |is_known: u16| -> Result<()> {
+        let layout = SkbLayout { is_known, ..SkbLayout::default() };
+        let mut loader = EbpfLoader::new();
+        let bytes = bytemuck::bytes_of(&layout);
+        let mut ebpf = loader.override_global("SKB_LAYOUT", bytes, true).load(&object)?;
+        let program = ebpf.program_mut(PROGRAM_NAME).context("no program")?;
+        let program: &mut SchedClassifier = program.try_into()?;
+        Ok(program.load()?)
+    };
+    load(0)?;
+    assert!(load(1).is_err(), "the helper is not missed");
+    Ok(())
+}
