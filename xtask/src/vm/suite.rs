@@ -78,11 +78,7 @@ pub(crate) const SUITE: &[Program] = &[
         shows: "Counters exact",
         demanding: &[
             Demand { test: "exact_in_a_storm_by_tcx", since: TCX, lacking: NO_TCX },
-            Demand {
-                test: "storm_costs_the_daemon_little",
-                since: NEVER,
-                lacking: "cost not measured in emulation",
-            },
+            Demand { test: "storm_costs_the_daemon_little", since: NEVER, lacking: EMULATED },
         ],
         quick: &["exact_in_a_storm_by_clsact"],
         ..EVERYWHERE
@@ -117,7 +113,8 @@ const EVERYWHERE: Program =
 
 /// The first Linux with TCX.
 const TCX: (u32, u32) = (6, 6);
-/// Not in a virtual machine.
+/// What is lacking inside of every machine here, whatever the kernel.
+pub(crate) const EMULATED: &str = "cost not measured in emulation";
 const NEVER: (u32, u32) = (u32::MAX, 0);
 const NO_TCX: &str = "no TCX";
 

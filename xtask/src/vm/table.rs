@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use super::{
     kernels::Wanted,
     machine::Boot,
-    suite::{Program, SUITE, Verdict},
+    suite::{EMULATED, Program, SUITE, Verdict},
 };
 use crate::process;
 
@@ -150,12 +150,15 @@ fn markdown(columns: &[Column]) -> String {
 impl Column {
     /// What it says of a program, for somebody who does not know the tests.
     fn answer(&self, program: &Program) -> String {
-        match self.verdicts.get(program.name) {
-            Some(verdict) if !verdict.is_good() => "**no**".to_owned(),
-            Some(verdict) if verdict.impossible.is_empty() => "yes".to_owned(),
-            Some(verdict) => format!("yes ({})", verdict.impossible.join(", ")),
-            None if program.original_bug => "bug fixed".to_owned(),
-            None => "-".to_owned(),
+        let Some(verdict) = self.verdicts.get(program.name) else {
+            return if program.original_bug { "bug fixed" } else { "-" }.to_owned();
+        };
+        // The kernel is not to blame for what emulation lacks.
+        let lacking = verdict.impossible.iter().copied().filter(|&lacking| lacking != EMULATED);
+        match (verdict.is_good(), lacking.collect::<Vec<_>>().join(", ").as_str()) {
+            (false, _) => "**no**".to_owned(),
+            (true, "") => "yes".to_owned(),
+            (true, lacking) => format!("yes ({lacking})"),
         }
     }
 }
