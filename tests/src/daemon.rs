@@ -22,6 +22,8 @@ use crate::netns::NetNs;
 use crate::sh;
 use crate::wait::wait_for;
 
+/// How events are to come from the kernel in tests that do not care: `ring` or `perf`.
+const TRANSPORT_VARIABLE: &str = "VXCSUM_TRANSPORT";
 /// For the start and for the end; both take a fraction of it.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -370,6 +372,9 @@ impl Daemon {
     ) -> Result<Self> {
         let socket = Socket::new()?;
         let mut command = socket.command_in(ns, ["run", "--interface", interface, "--json"])?;
+        if let Some(transport) = env::var_os(TRANSPORT_VARIABLE) {
+            command.arg("--transport").arg(transport);
+        }
         command.args(extra);
         let mut daemon = Self::launch(command)?;
         daemon.own_socket = Some(socket);
@@ -497,7 +502,7 @@ impl Daemon {
 
     /// Waits until there are `count` events or more and returns all.
     pub fn wait_events(&self, count: usize, timeout: Duration) -> Result<Vec<Event>> {
-        let deadline = Instant::now() + timeout;
+        let deadline = Instant::now() + sh::patience(timeout);
         let mut lines = lock(&self.printed.stdout);
         while lines.len() < count {
             let left = deadline.saturating_duration_since(Instant::now());

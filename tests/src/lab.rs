@@ -94,6 +94,10 @@ pub enum Nat {
     /// The same as in a cluster: kube-proxy marks connections, not packets, and takes the mark off
     /// where it masquerades; a CNI masquerades as well.
     Cluster(Cluster),
+    /// The same with the mark from the nat table, which the first packet of a connection passes and
+    /// no other, as kube-proxy does it. Packets that are sent again are rewritten only as long as the
+    /// kernel remembers having done so to the tunnel's ports. Leaves the source port to chance.
+    KubeProxy,
     /// SNAT of every VXLAN packet to [`Lab::snat_address`].
     Snat,
     /// Not NAT: writes 0xffff into the checksum field, the bytes that kernels without ea64d8d6c675
@@ -159,7 +163,7 @@ pub struct LabConfig {
     pub vni: u32,
     /// Outer destination port.
     pub dstport: u16,
-    /// Range of outer source ports, the end not included; otherwise `ip_local_port_range`. A range
+    /// Range of outer source ports, the end not included (in Linux 7.2 it is); otherwise `ip_local_port_range`. A range
     /// of one port keeps retransmissions on it and with that on the same NAT entry: the stall then
     /// lasts a minute instead of a second.
     pub srcport: Option<(u16, u16)>,
@@ -388,7 +392,8 @@ impl Lab {
         self.disable_nat()?;
         match nat {
             Nat::None => Ok(()),
-            Nat::Masquerade { random_fully } => self.masquerade(random_fully),
+            Nat::Masquerade { random_fully } => self.masquerade("mangle", random_fully),
+            Nat::KubeProxy => self.masquerade("nat", true),
             Nat::Cluster(Cluster { tool: Tool::Nft, cni }) => self.cluster_by_nft(cni),
             Nat::Cluster(cluster) => self.cluster_by_iptables(cluster),
             Nat::Snat => self.snat(),
@@ -417,18 +422,22 @@ impl Lab {
         self.a.run("conntrack -F").map(drop)
     }
 
-    fn masquerade(&self, random_fully: bool) -> Result<()> {
+    /// Marks in the table `mark_in`, masquerades what is marked.
+    fn masquerade(&self, mark_in: &str, random_fully: bool) -> Result<()> {
         let option = if random_fully { " --random-fully" } else { "" };
         let ends = Ends::b(self.config.outer);
         for (restore, net) in
             [("iptables-restore", ends.inner_net), ("ip6tables-restore", ends.inner_v6_net)]
         {
             let mark = format!("-d {net} -j MARK --or-mark {MASQUERADE_MARK:#x}");
+            let mark = format!("-A PREROUTING {mark}\n-A OUTPUT {mark}\n");
+            // A table that is named twice would lose what was said first.
+            let before = match mark_in {
+                "nat" => format!("*nat\n{mark}"),
+                table => format!("*{table}\n{mark}COMMIT\n*nat\n"),
+            };
             let marked = format!("-m mark --mark {MASQUERADE_MARK:#x}/{MASQUERADE_MARK:#x}");
-            let tables = format!(
-                "*mangle\n-A PREROUTING {mark}\n-A OUTPUT {mark}\nCOMMIT\n\
-                 *nat\n-A POSTROUTING {marked} -j MASQUERADE{option}\nCOMMIT\n"
-            );
+            let tables = format!("{before}-A POSTROUTING {marked} -j MASQUERADE{option}\nCOMMIT\n");
             self.restore_tables(restore, &tables)?;
         }
         Ok(())

@@ -38,12 +38,17 @@ fn display(command: &Command) -> String {
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
+/// More time where everything takes longer: in an emulated machine (`cargo xtask vm`).
+pub(crate) fn patience(timeout: Duration) -> Duration {
+    if std::env::var_os("VXCSUM_INSIDE_VM").is_some() { timeout * 10 } else { timeout }
+}
+
 /// Looks every few milliseconds until `ready` gives something or the time is over.
 pub(crate) fn poll<T>(
     timeout: Duration,
     mut ready: impl FnMut() -> Result<Option<T>>,
 ) -> Result<Option<T>> {
-    let deadline = Instant::now() + timeout;
+    let deadline = Instant::now() + patience(timeout);
     loop {
         if let Some(value) = ready()? {
             return Ok(Some(value));

@@ -46,7 +46,7 @@ pub struct Device {
     pub local_ipv6: [u8; 16],
     /// Lowest source port that it uses, host byte order.
     pub source_port_min: u16,
-    /// Upper bound of its source ports, not used itself, host byte order.
+    /// Upper bound of its source ports, which only newer kernels use, host byte order.
     pub source_port_max: u16,
     /// A [`Policy`] for IPv4.
     pub policy_ipv4: u8,
@@ -74,23 +74,28 @@ impl Device {
         Policy::from_u8(if is_ipv6 { self.policy_ipv6 } else { self.policy_ipv4 })
     }
 
-    /// The source port that the driver picked for a flow, host byte order
-    /// (`udp_flow_src_port` in include/net/udp.h); `None` where it cannot be known.
+    /// The source ports one of which the driver picked for a flow, host byte order
+    /// (`udp_flow_src_port` in include/net/udp.h): the first where the upper bound of the range is
+    /// not used, as up to Linux 6.18 at least, the second where it is, as in 7.2. `None` where they
+    /// cannot be known.
     #[inline(always)]
-    pub const fn source_port(&self, flow_hash: u32) -> Option<u16> {
-        let width = self.source_port_max.saturating_sub(self.source_port_min) as u64;
-        if flow_hash == 0 && width > 1 {
-            return None;
+    pub const fn source_ports(&self, flow_hash: u32) -> Option<[u16; 2]> {
+        let min = self.source_port_min;
+        let width = self.source_port_max.saturating_sub(min);
+        if flow_hash == 0 {
+            return if width > 1 { None } else { Some([min, min + width]) };
         }
         let hash = (flow_hash ^ (flow_hash << 16)) as u64;
-        Some(self.source_port_min.wrapping_add(((hash * width) >> 32) as u16))
+        let exclusive = ((hash * width as u64) >> 32) as u16;
+        let inclusive = ((hash * (width as u64 + 1)) >> 32) as u16;
+        Some([min.wrapping_add(exclusive), min.wrapping_add(inclusive)])
     }
 
     /// Whether the driver could have picked this source port (host byte order).
     #[inline(always)]
     pub const fn may_send_from(&self, source_port: u16) -> bool {
         source_port >= self.source_port_min
-            && (source_port < self.source_port_max || source_port == self.source_port_min)
+            && (source_port <= self.source_port_max || source_port == self.source_port_min)
     }
 }
 
@@ -101,17 +106,18 @@ mod tests {
     #[test]
     fn a_range_of_one_needs_no_hash() {
         let device = Device { source_port_min: 40000, source_port_max: 40001, ..Device::UNKNOWN };
-        assert_eq!(device.source_port(0), Some(40000));
-        assert_eq!(device.source_port(0xdead_beef), Some(40000));
-        assert!(device.may_send_from(40000) && !device.may_send_from(40001));
+        assert_eq!(device.source_ports(0), Some([40000, 40001]));
+        assert_eq!(device.source_ports(0x0001_0001), Some([40000, 40000]));
+        assert_eq!(device.source_ports(0xdead_0000), Some([40000, 40001]));
+        assert!(device.may_send_from(40000) && device.may_send_from(40001));
+        assert!(!device.may_send_from(39999) && !device.may_send_from(40002));
     }
 
     #[test]
     fn a_hash_spreads_over_the_range() {
         let device = Device::UNKNOWN;
-        assert_eq!(device.source_port(0), None);
-        assert_eq!(device.source_port(1), Some(32768));
-        let highest = device.source_port(0xffff_0000).unwrap();
-        assert!(device.may_send_from(highest) && highest > 60990, "{highest}");
+        assert_eq!(device.source_ports(0), None);
+        assert_eq!(device.source_ports(1), Some([32768, 32768]));
+        assert_eq!(device.source_ports(0xffff_0000), Some([60998, 60999]));
     }
 }

@@ -406,7 +406,7 @@ impl<P: Packet, W: Watch> Question<'_, P, W> {
         let device = self.watch.device(outer.destination_port, outer.vni);
         let new_port = Sum::of_u16(outer.source_port);
         let error = Sum::of_u16(outer.check).minus(Sum::of_u16(expected));
-        let Some(old_port) = device.source_port(self.packet.flow_hash()) else {
+        let Some(old_ports) = device.source_ports(self.packet.flow_hash()) else {
             let old_port = new_port.minus(error).folded();
             return if self.packet.arithmetic_proves_nat() && device.may_send_from(old_port) {
                 (Proof::PortRange, old_port)
@@ -414,15 +414,18 @@ impl<P: Packet, W: Watch> Question<'_, P, W> {
                 (Proof::None, 0)
             };
         };
-        let port_change = new_port.minus(Sum::of_u16(old_port));
-        let unexplained = error.minus(port_change);
-        if unexplained.is_zero() {
-            return (Proof::FlowHash, old_port);
+        let unexplained = |old_port| error.minus(new_port.minus(Sum::of_u16(old_port)));
+        for old_port in old_ports {
+            if unexplained(old_port).is_zero() {
+                return (Proof::FlowHash, old_port);
+            }
         }
-        if let Some(address_change) = self.address_change(&device)
-            && unexplained.minus(address_change + address_change).is_zero()
-        {
-            return (Proof::FlowHashAndAddress, old_port);
+        if let Some(address_change) = self.address_change(&device) {
+            for old_port in old_ports {
+                if unexplained(old_port).minus(address_change + address_change).is_zero() {
+                    return (Proof::FlowHashAndAddress, old_port);
+                }
+            }
         }
         (Proof::None, 0)
     }

@@ -37,7 +37,7 @@ fn build(folder: &str, arguments: &[&str]) -> Result<PathBuf> {
 }
 
 /// Where cargo leaves what it builds: `target`, unless the user has told it otherwise.
-fn target_folder() -> Result<PathBuf> {
+pub(crate) fn target_folder() -> Result<PathBuf> {
     let mut cargo = process::command("cargo");
     cargo.args(["metadata", "--format-version=1", "--no-deps"]);
     let output = process::capture(&mut cargo)?;

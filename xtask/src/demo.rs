@@ -18,7 +18,7 @@ use nix::{
 use vxcsum_tests::{
     capture::{Capture, Direction},
     counters,
-    lab::{Lab, LabConfig, NIC, Nat, VXLAN},
+    lab::{Lab, LabConfig, NIC, Nat, OuterSum, VXLAN},
     netns,
     traffic::{TcpServer, send_small, try_connect},
 };
@@ -26,12 +26,15 @@ use vxcsum_tests::{
 use crate::{
     build, process, root,
     setup::{self, Goal},
+    vm,
 };
 
 /// Where the program that is to be shown is handed to ourselves, run as root.
 const BINARY_VARIABLE: &str = "VXCSUM_BIN";
 /// Long enough for three lost SYNs: they are sent after 0, 1 and 3 seconds.
 const PATIENCE: Duration = Duration::from_secs(4);
+/// Long enough for seven SYNs, the last of which follows 63 seconds after the first.
+const SEVEN_SYNS: Duration = Duration::from_mins(2);
 /// For what should happen at once.
 const AT_ONCE: Duration = Duration::from_secs(10);
 /// The port that the connection goes to, that of `CoreDNS`'s metrics as in the first report of the bug.
@@ -39,9 +42,15 @@ const SERVICE_PORT: u16 = 9153;
 /// The port of the tunnel.
 const VXLAN_PORT: u16 = 8472;
 
-/// Shows the bug and the cure in a lab of two network namespaces.
-pub(crate) fn run() -> Result<()> {
-    setup::run(&[Goal::Build, Goal::Demo])?;
+/// Shows the bug and the cure in a lab of two network namespaces: the bug of this machine's kernel,
+/// or the one of the first reports in a virtual machine.
+pub(crate) fn run(original_bug: bool) -> Result<()> {
+    if original_bug && !vm::is_inside() {
+        return vm::demo();
+    }
+    if !vm::is_inside() {
+        setup::run(&[Goal::Build, Goal::Demo])?;
+    }
     let binary = match std::env::var_os(BINARY_VARIABLE) {
         Some(binary) => PathBuf::from(binary),
         None => build::release()?,
@@ -57,7 +66,7 @@ pub(crate) fn run() -> Result<()> {
         std::process::exit(130);
     })
     .context("cannot catch Ctrl-C")?;
-    show(&binary)
+    if original_bug { show_original_bug(&binary) } else { show(&binary) }
 }
 
 /// Network namespaces need root; what cargo builds must not belong to root.
@@ -81,6 +90,31 @@ fn show(binary: &Path) -> Result<()> {
     Demo::new(binary, LabConfig { nic_offload: true, ..LabConfig::default() })?.false_alarm()?;
     heading("Removed: the namespaces, with all rules and devices in them.");
     Ok(())
+}
+
+/// Inside of the virtual machine.
+fn show_original_bug(binary: &Path) -> Result<()> {
+    let config = LabConfig {
+        // As CNIs on RHEL 7 and many others have it.
+        outer_sum: OuterSum::Zero,
+        nat: Nat::KubeProxy,
+        // Without it, each SYN that is sent again leaves by another port, and the third passes.
+        srcport: Some((40000, 40001)),
+        ..LabConfig::default()
+    };
+    let demo = Demo::new(binary, config)?;
+    demo.setting()?;
+    say("NAT in this kernel is as it was before commit ea64d8d6c675 (Linux 5.7). The VXLAN device");
+    say(
+        "sends no checksums; its source port is pinned, so that the kernel takes what is sent again",
+    );
+    say("for the same flow.");
+    demo.minute()?;
+    // The kernel remembers of the tunnel's flow that the last packet needed no NAT.
+    demo.lab.enable_nat(demo.lab.config.nat)?;
+    demo.cure("zero", "write 0 (\"no checksum\"), which is what the device had sent")?;
+    demo.lab.enable_nat(demo.lab.config.nat)?;
+    demo.cure("restore", "write what the device should have sent, which is the same here")
 }
 
 struct Demo<'a> {
@@ -113,7 +147,7 @@ impl<'a> Demo<'a> {
             "The sender's NAT rules, as kube-proxy and a CNI leave them. The mark is meant for the",
         );
         say("inner packet, outlives the encapsulation, and the tunnel packet is masqueraded too:");
-        for (table, chain) in [("mangle", "OUTPUT"), ("nat", "POSTROUTING")] {
+        for (table, chain) in [("mangle", "OUTPUT"), ("nat", "OUTPUT"), ("nat", "POSTROUTING")] {
             let rules = self.lab.a.run(&format!("iptables -t {table} -S {chain}"))?;
             for rule in rules.lines().filter(|rule| rule.starts_with("-A")) {
                 quote(&format!("iptables -t {table} {rule}"));
@@ -127,7 +161,7 @@ impl<'a> Demo<'a> {
         heading(&format!("A TCP connection to {}, watched by vxcsum", self.service()));
         let watching = Watching::start(self.binary, &self.lab, &[])?;
         let before = self.receiver_drops()?;
-        let connected = self.connect()?;
+        let connected = self.connect(PATIENCE)?;
         let drops = self.receiver_drops()? - before;
         let events = watching.stop()?;
         ensure!(
@@ -138,13 +172,32 @@ impl<'a> Demo<'a> {
         Ok(())
     }
 
+    /// The stall in its full length.
+    fn minute(&self) -> Result<()> {
+        heading(&format!(
+            "A TCP connection to {}, watched by vxcsum; this takes a minute",
+            self.service()
+        ));
+        let watching = Watching::start(self.binary, &self.lab, &[])?;
+        let connected = self.connect(SEVEN_SYNS)?;
+        let drops = self.receiver_drops()?;
+        let events = watching.stop()?;
+        ensure!(
+            connected.is_some_and(|time| time > PATIENCE) && events > 0,
+            "the connection did not stall: this kernel does not have the bug"
+        );
+        say(&format!("Receiver: Udp InCsumErrors rose by {drops}. It drops each SYN in silence."));
+        say("The last SYN passes because the kernel has forgotten by then that it did NAT.");
+        Ok(())
+    }
+
     /// The same connection with a fix mode.
     fn cure(&self, mode: &str, what: &str) -> Result<()> {
         heading(&format!("The same connection with --fix {mode}: {what}"));
         let watching = Watching::start(self.binary, &self.lab, &["--fix", mode])?;
         // While it watches: the last connection may still be saying goodbye before, unfixed.
         let before = self.receiver_drops()?;
-        let connected = self.connect()?;
+        let connected = self.connect(PATIENCE)?;
         let drops = self.receiver_drops()? - before;
         watching.stop()?;
         ensure!(connected.is_some(), "the connection stalls with --fix {mode} as well");
@@ -158,7 +211,7 @@ impl<'a> Demo<'a> {
         let before = self.receiver_drops()?;
         let watching = Watching::start(self.binary, &self.lab, &[])?;
         let capture = Capture::start(&self.lab.a, NIC, Direction::Out)?;
-        self.connect()?;
+        self.connect(PATIENCE)?;
         send_small(&self.lab.a, self.service(), 3, 100, AT_ONCE)?;
         let recording = capture.stop()?;
         let events = watching.stop()?;
@@ -177,19 +230,23 @@ impl<'a> Demo<'a> {
         Ok(())
     }
 
-    fn connect(&self) -> Result<Option<Duration>> {
-        let connected = try_connect(&self.lab.a, self.service(), PATIENCE)?;
+    fn connect(&self, patience: Duration) -> Result<Option<Duration>> {
+        let connected = try_connect(&self.lab.a, self.service(), patience)?;
+        let service = self.service();
         match connected {
-            Some(time) => say(&format!(
-                "connect {}: connected after {:.1} ms",
-                self.service(),
-                time.as_secs_f64() * 1e3
-            )),
-            None => say(&format!(
-                "connect {}: no answer, gave up after {} s",
-                self.service(),
-                PATIENCE.as_secs()
-            )),
+            Some(time) if time > Duration::from_secs(1) => {
+                say(&format!("connect {service}: connected after {:.1} s", time.as_secs_f64()));
+            }
+            Some(time) => {
+                let milliseconds = time.as_secs_f64() * 1e3;
+                say(&format!("connect {service}: connected after {milliseconds:.1} ms"));
+            }
+            None => {
+                say(&format!(
+                    "connect {service}: no answer, gave up after {} s",
+                    patience.as_secs()
+                ));
+            }
         }
         Ok(connected)
     }

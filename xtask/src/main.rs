@@ -11,6 +11,7 @@ mod root;
 mod setup;
 mod test;
 mod toolchain;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -49,13 +50,22 @@ enum Task {
         debug: bool,
     },
     /// Shows the checksum bug of this machine's kernel, and its cure
-    Demo,
+    Demo {
+        /// Show the bug of the first reports instead, on a kernel that has it, in a virtual machine
+        #[arg(long)]
+        original_bug: bool,
+    },
     /// Runs all tests, as root since they make network namespaces
     Test {
+        /// Do not try other kernels in virtual machines, e.g. where their packages cannot be had
+        #[arg(long)]
+        without_vm: bool,
         /// Passed on to the test programs, e.g. a part of a test's name
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Runs tests on other kernels, in virtual machines
+    Vm(vm::Options),
     /// Formatting, clippy for both sides, licences and sources of dependencies
     Lint,
 }
@@ -65,8 +75,9 @@ fn main() -> ExitCode {
         Task::Setup { goals, dry_run: true } => setup::show_plan(&goals),
         Task::Setup { goals, dry_run: false } => setup::run(&goals).map(|()| true),
         Task::Build { debug } => build::run(debug).map(|()| true),
-        Task::Demo => demo::run().map(|()| true),
-        Task::Test { arguments } => test::run(&arguments),
+        Task::Demo { original_bug } => demo::run(original_bug).map(|()| true),
+        Task::Test { without_vm, arguments } => test::run(&arguments, without_vm),
+        Task::Vm(options) => vm::run(&options),
         Task::Lint => lint::run(),
     };
     match all_well {

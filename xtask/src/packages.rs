@@ -16,7 +16,8 @@ pub(crate) struct Tool {
     goals: &'static [Goal],
 }
 
-const LAB: &[Goal] = &[Goal::Demo, Goal::Test];
+const LAB: &[Goal] = &[Goal::Demo, Goal::Test, Goal::Vm];
+const VM: &[Goal] = &[Goal::Vm];
 
 /// Every tool, in the order in which it is named to the user.
 pub(crate) const TOOLS: &[Tool] = &[
@@ -104,6 +105,48 @@ pub(crate) const TOOLS: &[Tool] = &[
         why: "compresses captures",
         goals: &[Goal::Test],
     },
+    Tool {
+        binary: "qemu-system-x86_64",
+        debian: "qemu-system-x86",
+        fedora: "qemu-system-x86-core",
+        why: "runs other kernels",
+        goals: VM,
+    },
+    Tool {
+        binary: "modprobe",
+        debian: "kmod",
+        fedora: "kmod",
+        why: "knows which kernel modules need which others",
+        goals: VM,
+    },
+    Tool {
+        binary: "xz",
+        debian: "xz-utils",
+        fedora: "xz",
+        why: "uncompresses kernel modules",
+        goals: VM,
+    },
+    Tool {
+        binary: "make",
+        debian: "make",
+        fedora: "make",
+        why: "builds the kernel module with the original bug",
+        goals: VM,
+    },
+    Tool {
+        binary: "gcc",
+        debian: "gcc",
+        fedora: "gcc",
+        why: "compiles the kernel module with the original bug",
+        goals: VM,
+    },
+    Tool {
+        binary: "strip",
+        debian: "binutils",
+        fedora: "binutils",
+        why: "makes test programs small enough for a virtual machine",
+        goals: VM,
+    },
 ];
 
 /// The tools for these goals that are not installed.
@@ -113,6 +156,11 @@ pub(crate) fn missing_tools(goals: &[Goal]) -> Vec<&'static Tool> {
         .filter(|tool| tool.goals.iter().any(|goal| goals.contains(goal)))
         .filter(|tool| process::find(tool.binary).is_none())
         .collect()
+}
+
+/// The tools for a goal by their names.
+pub(crate) fn tools_for(goal: Goal) -> impl Iterator<Item = &'static str> {
+    TOOLS.iter().filter(move |tool| tool.goals.contains(&goal)).map(|tool| tool.binary)
 }
 
 /// How the distribution installs software.

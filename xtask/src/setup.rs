@@ -28,6 +28,8 @@ pub(crate) enum Goal {
     Demo,
     /// Labs and independent judges for the tests
     Test,
+    /// Virtual machines with other kernels
+    Vm,
     /// Linters
     Lint,
 }

@@ -3,6 +3,7 @@
 use std::{
     env,
     ffi::OsString,
+    fmt::{self, Display, Formatter},
     io::{self, Read, Write},
     path::Path,
     process::{Command, Stdio},
@@ -14,6 +15,7 @@ use nix::unistd::Uid;
 use crate::{
     build, process, root,
     setup::{self, Goal},
+    vm,
 };
 
 /// The variable that tells the tests where the release binary is.
@@ -21,8 +23,9 @@ const BINARY_VARIABLE: &str = "VXCSUM_BIN";
 /// The variable that tells the tests how events are to come from the kernel.
 const TRANSPORT_VARIABLE: &str = "VXCSUM_TRANSPORT";
 
-/// Sets up, builds and tests; true if there were tests and all of them passed.
-pub(crate) fn run(arguments: &[String]) -> Result<bool> {
+/// Sets up, builds and tests; true if there were tests and all of them passed. Without arguments
+/// for the test programs, and unless told otherwise, other kernels are tried as well.
+pub(crate) fn run(arguments: &[String], without_vm: bool) -> Result<bool> {
     // Before anything is built, so that nobody waits for minutes to hear of it.
     root::prefix("testing in network namespaces")?;
     setup::run(&[Goal::Build, Goal::Test])?;
@@ -55,12 +58,50 @@ pub(crate) fn run(arguments: &[String]) -> Result<bool> {
     if total.passed + total.failed == 0 {
         eprintln!("error: no test has run");
     }
-    println!("{}", total.line());
-    Ok(succeeded && total.passed > 0)
+    let passed = succeeded && total.passed > 0;
+    if !arguments.is_empty() {
+        println!("{}", total.line());
+        return Ok(passed);
+    }
+    let kernels = if without_vm { Kernels::LeftOut } else { other_kernels() };
+    println!("{}; {kernels}", total.line());
+    Ok(passed && kernels != Kernels::Failed)
+}
+
+/// What came of the tests on other kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kernels {
+    Passed,
+    Failed,
+    LeftOut,
+}
+
+impl Display for Kernels {
+    fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Passed => "other kernels: passed",
+            Self::Failed => "other kernels: FAILED",
+            Self::LeftOut => "other kernels: NOT tested, as --without-vm says",
+        })
+    }
+}
+
+/// The tests that are different elsewhere, on kernels that are not this one.
+fn other_kernels() -> Kernels {
+    println!("\nother kernels, in virtual machines:");
+    match vm::run(&vm::Options::quick()) {
+        Ok(true) => Kernels::Passed,
+        Ok(false) => Kernels::Failed,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            eprintln!("no other kernel was tested; to go without: cargo xtask test --without-vm");
+            Kernels::Failed
+        }
+    }
 }
 
 /// Doctests are left out: the last thing said would be an empty run of them.
-fn cargo_test() -> Command {
+pub(crate) fn cargo_test() -> Command {
     let mut cargo = process::command("cargo");
     cargo.args(["test", "--workspace", "--exclude=vxcsum-ebpf", "--no-fail-fast"]);
     cargo.args(["--lib", "--bins", "--tests"]);

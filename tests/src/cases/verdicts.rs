@@ -117,6 +117,9 @@ pub(super) fn stale_by_port(family: Family) -> Result<Vec<Case>> {
     let hash = 0xc0de_0000;
     let port_of_hash = 32768 + 21268;
     let by_hash = Check::Stale { old_port: port_of_hash, old_address: None };
+    // The same with the end of the range in it, as in Linux 7.2: (0xc0de0000 * 28232 >> 32).
+    let newer_port_of_hash = 32768 + 21269;
+    let by_newer_hash = Check::Stale { old_port: newer_port_of_hash, old_address: None };
     Ok(vec![
         Case::broken("stale, one port", family.stale(&open)?, stale(Proof::FlowHash))
             .device(ONE_PORT),
@@ -133,6 +136,12 @@ pub(super) fn stale_by_port(family: Family) -> Result<Vec<Case>> {
             Broken { source_port_before_nat: port_of_hash, ..stale(Proof::FlowHash) },
         )
         .hash(hash),
+        Case::broken(
+            "stale, hash, on a newer kernel",
+            family.frame(by_newer_hash, &open)?,
+            Broken { source_port_before_nat: newer_port_of_hash, ..stale(Proof::FlowHash) },
+        )
+        .hash(hash),
         Case::broken("stale, but not by the hash's port", family.stale(&open)?, BAD).hash(hash),
         // The hash is the better witness: the range proves nothing where it disagrees.
         Case::broken("stale, marked, but not by the hash's port", family.stale(&open)?, BAD)
@@ -143,9 +152,17 @@ pub(super) fn stale_by_port(family: Family) -> Result<Vec<Case>> {
         Case::broken("stale, marked, port out of range", family.stale(&open)?, BAD)
             .device(Device { source_port_min: 50000, source_port_max: 60000, ..ONE_PORT })
             .marked(),
-        Case::broken("stale, at the upper end of the range", family.stale(&open)?, BAD)
-            .device(Device { source_port_min: 40000, source_port_max: OLD_PORT, ..ONE_PORT })
+        Case::broken("stale, beyond the upper end of the range", family.stale(&open)?, BAD)
+            .device(Device { source_port_min: 40000, source_port_max: OLD_PORT - 1, ..ONE_PORT })
             .marked(),
+        // Only newer kernels send from there, and nobody asks which one this is.
+        Case::broken(
+            "stale, at the upper end of the range",
+            family.stale(&open)?,
+            stale(Proof::PortRange),
+        )
+        .device(Device { source_port_min: 40000, source_port_max: OLD_PORT, ..ONE_PORT })
+        .marked(),
         Case::broken(
             "stale, at the lower end of the range",
             family.stale(&open)?,
