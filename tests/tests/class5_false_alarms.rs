@@ -55,7 +55,9 @@ fn nobody_is_accused(config: LabConfig) -> Result<()> {
     assert_eq!(verdicts, on_wire.len() as u64, "{interface:?}");
     let bytes: usize = received.frames.iter().map(Vec::len).sum();
     assert_eq!(received.frames.len(), on_wire.len());
-    if counters::counts_inner_headers()? {
+    // A tag that the NIC is to add is not yet a part of the packet.
+    let is_tagged = matches!(lab.config.underlay, Underlay::Vlan(_));
+    if counters::counts_inner_headers()? && !is_tagged {
         assert_eq!(interface.vxlan().bytes, bytes as u64, "{interface:?}");
     } else {
         assert!(interface.vxlan().bytes <= bytes as u64, "{interface:?}");
