@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result};
 use crate::daemon::{Daemon, Ended, Summary, binary, run_to_end, transport};
 use crate::folder::Folder;
 use crate::netns::NetNs;
+use crate::sh;
 use crate::wait::wait_until;
 
 /// For anything a client does; all of it takes a fraction of that.
@@ -94,8 +95,8 @@ impl Socket {
     /// Connects as a client that speaks for itself.
     pub fn connect(&self) -> Result<UnixStream> {
         let stream = UnixStream::connect(&self.path).context("connect to the daemon")?;
-        stream.set_read_timeout(Some(TIMEOUT))?;
-        stream.set_write_timeout(Some(TIMEOUT))?;
+        stream.set_read_timeout(Some(sh::patience(TIMEOUT)))?;
+        stream.set_write_timeout(Some(sh::patience(TIMEOUT)))?;
         Ok(stream)
     }
 

@@ -53,6 +53,17 @@ pub fn counts_segments() -> bool {
     transport().is_none_or(|transport| transport == "ring")
 }
 
+impl Event {
+    /// Whether the packet was still to be cut. The number of segments is known then, or known not to
+    /// be.
+    pub fn is_gso(&self) -> bool {
+        match self.segments {
+            Some(segments) => counts_segments() && segments > 1,
+            None => !counts_segments(),
+        }
+    }
+}
+
 /// How a program that ran to its end has ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ended {

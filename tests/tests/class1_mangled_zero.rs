@@ -76,7 +76,7 @@ fn gso_packets_are_counted_by_segment() -> Result<()> {
     lab.disable_nat()?;
     let received = sent_by_a(&lab, &capture.stop()?)?;
     let segments: u64 = events.iter().map(|event| u64::from(event.segments.unwrap_or(1))).sum();
-    assert!(events.iter().any(is_gso), "{events:#?}");
+    assert!(events.iter().any(Event::is_gso), "{events:#?}");
     assert!(events.iter().all(|event| event.verdict == "mangled_zero"), "{events:#?}");
     assert_eq!(summary.interface()?.packets("mangled_zero"), segments);
     assert!(received.len() as u64 >= segments, "{} frames, {segments} segments", received.len());
@@ -119,20 +119,12 @@ fn is_cured(outer: Family, fix: &str, action: &str) -> Result<()> {
     assert!(received.iter().flat_map(|frame| &frame.inner).all(Transport::is_right));
     assert_eq!(counters::udp(&lab.b, outer)?.in_csum_errors, 0);
     assert!(events.iter().all(|event| event.action == action), "{events:#?}");
-    assert!(events.iter().any(is_gso), "{events:#?}");
+    assert!(events.iter().any(Event::is_gso), "{events:#?}");
     let interface = summary.interface()?;
     let sent = if counts_segments() { received.len() } else { events.len() };
     assert_eq!(interface.fixed, sent as u64);
     assert_eq!(interface.packets("mangled_zero"), sent as u64);
     Ok(())
-}
-
-/// Of a packet that is still to be cut the number of segments is known, or known not to be.
-fn is_gso(event: &Event) -> bool {
-    match event.segments {
-        Some(segments) => counts_segments() && segments > 1,
-        None => !counts_segments(),
-    }
 }
 
 #[test]

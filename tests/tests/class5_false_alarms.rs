@@ -1,7 +1,7 @@
 //! Class 5: healthy packets that look broken to tcpdump on the sender. vxcsum accuses none of them,
 //! leaves none untold, and counts every one.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use vxcsum_tests::capture::{Capture, Direction};
 use vxcsum_tests::counters;
 use vxcsum_tests::daemon::{Daemon, counts_segments};

@@ -84,7 +84,7 @@ impl Packet {
 
 fn event(proto: &str, sport: u16, verdict: &str, action: &str, trace: Trace) -> Event {
     let event = json!({
-        "time": "2026-11-20T23:44:26.832436123Z", "interface": "eth0", "device": "flannel.1",
+        "time": "2026-11-20T23:44:26.832436123Z", "direction": "egress", "interface": "eth0", "device": "flannel.1",
         "vni": 1, "verdict": verdict, "action": action, "check": "0x694b", "expected": "0x37cc",
         "outer": {"src": "10.0.0.11", "dst": "10.0.0.13", "sport": 54947, "dport": 8472},
         "inner": {"src": "172.29.0.0", "dst": "172.29.2.3", "proto": proto, "sport": sport,
