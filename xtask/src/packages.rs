@@ -10,7 +10,7 @@ use crate::{process, root, setup::Goal};
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Tool {
     binary: &'static str,
-    debian: &'static str,
+    pub(crate) debian: &'static str,
     fedora: &'static str,
     why: &'static str,
     goals: &'static [Goal],
