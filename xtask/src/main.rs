@@ -77,7 +77,7 @@ fn main() -> ExitCode {
         Task::Build { debug } => build::run(debug).map(|()| true),
         Task::Demo { original_bug } => demo::run(original_bug).map(|()| true),
         Task::Test { without_vm, arguments } => test::run(&arguments, without_vm),
-        Task::Vm(options) => vm::run(&options),
+        Task::Vm(options) => vm::run(&options).map(|ran| ran.passed),
         Task::Lint => lint::run(),
     };
     match all_well {

@@ -46,33 +46,53 @@ pub(crate) struct Options {
     /// Names of test programs; anything else is passed on to them, e.g. a part of a test's name
     #[arg(last = true)]
     tests: Vec<String>,
+    /// Go without kernels that cannot be had.
+    #[arg(skip)]
+    lenient: bool,
 }
 
 impl Options {
-    /// Some tests of each program on each kernel.
+    /// Some tests of each program on each kernel that can be had.
     pub(crate) fn quick() -> Self {
-        Self { quick: true, ..Self::default() }
+        Self { quick: true, lenient: true, ..Self::default() }
     }
 }
 
-/// Runs the tests on each kernel; true if all of them passed.
-pub(crate) fn run(options: &Options) -> Result<bool> {
+/// What came of it.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    /// Everything that could be run has passed.
+    pub(crate) passed: bool,
+    /// Which kernels could not be had, and why.
+    pub(crate) not_had: Vec<String>,
+}
+
+/// Runs the tests on each kernel.
+pub(crate) fn run(options: &Options) -> Result<Ran> {
     setup::run(&[Goal::Build, Goal::Vm])?;
     let start = Instant::now();
     let wanted = wanted(&options.kernels)?;
     if let Some(line) = &options.run {
-        return run_command(&wanted, line, options.refresh);
+        let passed = run_command(&wanted, line, options.refresh)?;
+        return Ok(Ran { passed, not_had: Vec::new() });
     }
     let (programs, arguments) = select(&options.tests);
     let kit = Kit::gather(&programs)?;
-    let mut runs = Vec::new();
+    let (mut runs, mut not_had) = (Vec::new(), Vec::new());
     for wanted in wanted {
         let programs = programs.iter().copied();
         let programs: Vec<_> =
             programs.filter(|program| program.original_bug == wanted.original_bug).collect();
         if !programs.is_empty() {
-            let kernel = wanted.get(options.refresh)?;
-            runs.push(Run { wanted, kernel, programs });
+            match wanted.get(options.refresh) {
+                Ok(kernel) => runs.push(Run { wanted, kernel, programs }),
+                Err(error) if options.lenient => {
+                    let error = format!("{} cannot be had: {error:#}", wanted.name);
+                    eprintln!("vm: {error}");
+                    not_had.push(error);
+                }
+                Err(error) => return Err(error),
+            }
         }
     }
     let columns = at_once(&runs, |run| run.column(&kit, options, &arguments))?;
@@ -81,7 +101,7 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     if options.readme {
         table::write_readme(&columns)?;
     }
-    Ok(columns.iter().all(Column::is_good))
+    Ok(Ran { passed: columns.iter().all(Column::is_good), not_had })
 }
 
 /// A kernel and what is to run on it.
