@@ -22,8 +22,6 @@ use crate::netns::NetNs;
 use crate::sh;
 use crate::wait::wait_for;
 
-/// How events are to come from the kernel in tests that do not care: `ring` or `perf`.
-const TRANSPORT_VARIABLE: &str = "VXCSUM_TRANSPORT";
 /// For the start and for the end; both take a fraction of it.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -383,9 +381,6 @@ impl Daemon {
     ) -> Result<Self> {
         let socket = Socket::new()?;
         let mut command = socket.command_in(ns, ["run", "--interface", interface, "--json"])?;
-        if let Some(transport) = env::var_os(TRANSPORT_VARIABLE) {
-            command.arg("--transport").arg(transport);
-        }
         command.args(extra);
         let mut daemon = Self::launch(command)?;
         daemon.own_socket = Some(socket);
