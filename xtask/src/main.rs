@@ -57,9 +57,9 @@ enum Task {
     },
     /// Runs all tests, as root since they make network namespaces
     Test {
-        /// Do not try other kernels in virtual machines, e.g. where their packages cannot be had
+        /// Then also try some of the tests on other kernels, in virtual machines
         #[arg(long)]
-        without_vm: bool,
+        vm: bool,
         /// Passed on to the test programs, e.g. a part of a test's name
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -76,7 +76,7 @@ fn main() -> ExitCode {
         Task::Setup { goals, dry_run: false } => setup::run(&goals).map(|()| true),
         Task::Build { debug } => build::run(debug).map(|()| true),
         Task::Demo { original_bug } => demo::run(original_bug).map(|()| true),
-        Task::Test { without_vm, arguments } => test::run(&arguments, without_vm),
+        Task::Test { vm, arguments } => test::run(&arguments, vm),
         Task::Vm(options) => vm::run(&options).map(|ran| ran.passed),
         Task::Lint => lint::run(),
     };
