@@ -37,6 +37,16 @@ const EVERY_PACKET: Nat = Nat::Masquerade { random_fully: true };
 fn is_the_bug(event: &Event) {
     assert_eq!((event.verdict.as_str(), event.check), ("mangled_zero", 0xffff), "{event:#?}");
     assert_eq!(event.device.as_deref(), Some(VXLAN), "{event:#?}");
+    let cause = event.cause.as_ref();
+    assert!(cause.is_some_and(|cause| cause.text.contains("ea64d8d6c675")), "{event:#?}");
+}
+
+/// Not of every event: reading rules takes long here, and an event does not wait for it.
+fn names_the_rule(event: &Event) -> bool {
+    let rule = event.cause.as_ref().and_then(|cause| cause.rule.as_ref());
+    rule.is_some_and(|rule| {
+        rule.chain == "POSTROUTING" && rule.text.contains("MASQUERADE --random-fully")
+    })
 }
 
 #[test]
@@ -57,6 +67,7 @@ fn the_kernel_itself_makes_ffff_and_it_is_told() -> Result<()> {
         assert!(mangled.iter().all(|frame| frame.outer.check == 0xffff));
         assert_eq!(events.len(), mangled.len());
         events.iter().for_each(is_the_bug);
+        assert!(events.iter().any(names_the_rule), "{events:#?}");
         // Sent again after a second, a SYN has no mark any more, and the same fate.
         assert!(events.iter().any(|event| event.mark & MASQUERADE_MARK != 0), "{events:#?}");
         let lost = events.len() as u64;

@@ -48,8 +48,11 @@ pub enum OpenError {
     /// The CPUs are not known.
     #[error("cannot read {0}: {1}")]
     Cpus(&'static str, #[source] io::Error),
-    /// One of them.
-    #[error("cannot open the perf buffer of CPU {0}: {1}")]
+    /// One of them. Debian has a fourth level of that setting, which asks for `CAP_SYS_ADMIN`.
+    #[error(
+        "cannot open the perf buffer of CPU {0} (where that is forbidden: `sysctl \
+         kernel.perf_event_paranoid=2`, or --transport ring): {1}"
+    )]
     Buffer(u32, #[source] PerfBufferError),
 }
 
