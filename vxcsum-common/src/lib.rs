@@ -16,6 +16,7 @@ pub mod device;
 pub mod fix;
 pub mod inner;
 pub mod layout;
+pub mod limit;
 pub mod outer;
 pub mod packet;
 pub mod receive;

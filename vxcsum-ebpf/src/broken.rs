@@ -1,11 +1,11 @@
 //! What happens to a broken packet: fixed where that is asked for, and reported.
 
 use aya_ebpf::helpers::{bpf_skb_load_bytes, bpf_skb_store_bytes};
-use vxcsum_common::Packet as _;
 use vxcsum_common::fix::{Remedy, remedy};
 use vxcsum_common::layout::{Action, Config, Counters, Event, FixMode, Report, SNAPSHOT_LEN};
 use vxcsum_common::outer::Outer;
 use vxcsum_common::verdict::Finding;
+use vxcsum_common::{Packet as _, inner};
 
 use crate::kernel::{self, Draft};
 use crate::limit;
@@ -26,7 +26,7 @@ pub(crate) fn handle(
 ) -> (Report, Action) {
     kernel::log(skb.ctx, finding);
     let remedy = remedy(FixMode::from_u8(config.fix), config.fix_unproven != 0, finding);
-    if !limit::allows(skb, outer, config) {
+    if !limit::allows(config, || inner::flow(skb, outer).unwrap_or_default()) {
         return (Report::Suppressed, apply(skb, finding, remedy, counters));
     }
     let Some(mut draft) = Draft::new() else {

@@ -17,5 +17,6 @@ mod follow;
 mod kernel;
 mod limit;
 mod maps;
+mod object;
 mod opaque;
 mod skb;

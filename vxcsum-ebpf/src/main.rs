@@ -14,5 +14,6 @@ mod follow;
 mod kernel;
 mod limit;
 mod maps;
+mod object;
 mod opaque;
 mod skb;

@@ -13,6 +13,8 @@
     reason = "what is not inlined is walked by the verifier once for every caller"
 )]
 
+mod limit;
+mod object;
 #[expect(dead_code, reason = "the other program needs all of it")]
 mod opaque;
 
@@ -21,17 +23,15 @@ use core::ptr::{addr_of, addr_of_mut, read_volatile};
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::{
-    bpf_get_current_task, bpf_ktime_get_boot_ns, bpf_ktime_get_ns, bpf_probe_read_kernel, generated,
+    bpf_get_current_task, bpf_ktime_get_boot_ns, bpf_probe_read_kernel, generated,
 };
 use aya_ebpf::macros::{map, raw_tracepoint};
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
 use aya_ebpf::programs::RawTracePointContext;
-use vxcsum_common::layout::{BURST_NS, Config, MAX_FLOWS, Report};
+use vxcsum_common::layout::{Config, Report};
 use vxcsum_common::outer::{self, Beyond, Extensions, Location, Outer};
 use vxcsum_common::packet::Header;
-use vxcsum_common::receive::{
-    Counters, Dropped, Drops, Kernel, MAX_DROPPED_LEN, MAX_PEERS, Peer, pay,
-};
+use vxcsum_common::receive::{Counters, Dropped, Drops, Kernel, MAX_DROPPED_LEN, MAX_PEERS, Peer};
 use vxcsum_common::{Cut, Device, Offload, Packet, Policy, Sum, Watch, inner};
 
 use crate::opaque::opaque;
@@ -81,14 +81,6 @@ static PEERS: HashMap<Peer, Drops> = HashMap::with_max_entries(MAX_PEERS, 0);
 /// Dropped packets, for user space; the loader sets its size.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
-
-/// See [`pay`].
-#[map]
-static PAID_UNTIL: Array<u64> = Array::with_max_entries(1, 0);
-
-/// Inner flows that were reported.
-#[map]
-static FLOWS: LruHashMap<u64, u8> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
 
 /// Where a record is put together.
 #[map]
@@ -147,7 +139,7 @@ fn examine(skb: Skb) -> Option<()> {
             return None;
         }
     };
-    let report = if may_report(config, flow) {
+    let report = if limit::allows(config, || flow) {
         emit(skb, device, place, record)
     } else {
         Report::Suppressed
@@ -178,27 +170,6 @@ extern "C" fn flow(at: u64, linear_len: u64) -> u64 {
 extern "C" fn extension_headers(protocol: u32, offset: u64, linear_len: u64) -> u64 {
     let Some(packet) = Captured::get(linear_len) else { return CUT };
     Extensions::read(&packet, protocol as u8, offset as usize).map_or(CUT, Extensions::to_bits)
-}
-
-#[inline(always)]
-fn may_report(config: &Config, flow: u64) -> bool {
-    let cost = u64::from(config.event_cost_ns);
-    if cost == 0 {
-        return true;
-    }
-    let Some(paid_until) = PAID_UNTIL.get_ptr_mut(0) else { return true };
-    let is_repeat = FLOWS.get_ptr(flow).is_some();
-    // SAFETY: the helper only reads a clock; a map value lives as long as the program. CPUs race for
-    // it: the limit is exceeded by as many events as there are CPUs at the most.
-    let paid = unsafe { pay(*paid_until, bpf_ktime_get_ns(), cost, BURST_NS, is_repeat) };
-    let Some(paid) = paid else { return false };
-    // SAFETY: as above.
-    unsafe { *paid_until = paid };
-    if !is_repeat {
-        // Fails only without memory; the flow then stays new.
-        let _ = FLOWS.insert(flow, 1, 0);
-    }
-    true
 }
 
 /// Sends a packet to user space.
@@ -457,14 +428,3 @@ impl Packet for Captured {
         false
     }
 }
-
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    // The verifier refuses endless loops: a program that could get here does not load.
-    loop {}
-}
-
-/// Helpers that read kernel memory are for GPL-compatible programs only.
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
