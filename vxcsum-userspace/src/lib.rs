@@ -12,6 +12,7 @@ pub mod config;
 pub mod dns;
 pub mod doctor;
 pub mod event;
+pub mod in_csum_errors;
 pub mod kernel;
 pub mod links;
 pub mod logging;

@@ -2,7 +2,6 @@
 
 mod decode;
 mod kernel;
-mod total;
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
@@ -21,6 +20,7 @@ use vxcsum_common::layout::{Config, Report};
 use vxcsum_common::receive::{Counters, Drops, Kernel, Peer};
 
 use crate::attach::chain;
+use crate::in_csum_errors::InCsumErrors;
 use crate::plan::Plan;
 use crate::program::{LoadError, Wire, take_map};
 use crate::supervisor::{Record, forward};
@@ -141,7 +141,7 @@ pub struct Watched {
     /// With the link; dropping it detaches.
     ebpf: Ebpf,
     maps: Maps,
-    /// [`total::in_csum_errors`] at the start.
+    /// [`InCsumErrors::total`] at the start.
     before: Option<u64>,
     plan: watch::Sender<Arc<Plan>>,
     stop: watch::Sender<bool>,
@@ -175,7 +175,7 @@ impl Watched {
             let error = chain(&error);
             format!("cannot attach to the tracepoint {TRACEPOINT} with its drop reason: {error}")
         })?;
-        let before = total::in_csum_errors();
+        let before = InCsumErrors::read().total();
         let (plan, plans) = watch::channel(Arc::new(plan));
         let decode = move |record: &[u8]| match decode::decode(&plans.borrow(), record) {
             Some(event) => Record::Dropped(Arc::new(event)),
@@ -213,7 +213,7 @@ impl Maps {
 
     fn counted(&self, before: Option<u64>) -> Result<Counted> {
         // First, so that what is dropped meanwhile does not look as if it had been missed.
-        let now = total::in_csum_errors();
+        let now = InCsumErrors::read().total();
         let in_csum_errors = now.zip(before).map(|(now, before)| now.saturating_sub(before));
         let per_cpu = self.counters.get(&0, 0).context("cannot read the BPF map COUNTERS")?;
         let counters = per_cpu.iter().fold(Counters::default(), |sum, Wire(cpu)| sum.plus(cpu));

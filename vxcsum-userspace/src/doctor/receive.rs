@@ -6,12 +6,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use crate::in_csum_errors::InCsumErrors;
+
 /// Counters at one moment. Each is none where it could not be read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// `Udp: InCsumErrors` of /proc/net/snmp (Linux 3.10).
+    /// [`InCsumErrors::udp`].
     pub udp: Option<u64>,
-    /// `Udp6InCsumErrors` of /proc/net/snmp6.
+    /// [`InCsumErrors::udp6`].
     pub udp6: Option<u64>,
     /// Drops of the sockets of each UDP port that was asked for, and has one.
     pub ports: BTreeMap<u16, u64>,
@@ -28,28 +30,9 @@ impl Counters {
         for text in &sockets {
             add_drops(text, ports, &mut drops);
         }
-        Self {
-            udp: read("snmp").ok().and_then(|text| in_snmp(&text)),
-            udp6: read("snmp6").ok().and_then(|text| in_snmp6(&text)),
-            ports: drops,
-            no_sockets: sockets.is_empty(),
-        }
+        let InCsumErrors { udp, udp6 } = InCsumErrors::read();
+        Self { udp, udp6, ports: drops, no_sockets: sockets.is_empty() }
     }
-}
-
-/// A line of names and a line of values, both after `Udp:`.
-fn in_snmp(text: &str) -> Option<u64> {
-    let mut lines = text.lines().filter_map(|line| line.strip_prefix("Udp:"));
-    let (names, values) = (lines.next()?.split_whitespace(), lines.next()?.split_whitespace());
-    let (_, value) = names.zip(values).find(|(name, _)| *name == "InCsumErrors")?;
-    value.parse().ok()
-}
-
-/// A name and a value on each line.
-fn in_snmp6(text: &str) -> Option<u64> {
-    let mut lines = text.lines().map(str::split_whitespace);
-    let mut line = lines.find(|line| line.clone().next() == Some("Udp6InCsumErrors"))?;
-    line.nth(1)?.parse().ok()
 }
 
 /// Adds the last column of the lines whose local port, hexadecimal, is one of these.
@@ -69,17 +52,6 @@ fn add_drops(text: &str, ports: &[u16], drops: &mut BTreeMap<u16, u64>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn counters_are_found_by_name() {
-        let snmp = "Ip: Forwarding\nIp: 1\n\
-                    Udp: InDatagrams NoPorts InErrors OutDatagrams InCsumErrors IgnoredMulti\n\
-                    Udp: 13 2 5 14 4 0\nUdpLite: InDatagrams\nUdpLite: 0\n";
-        assert_eq!(in_snmp(snmp), Some(4));
-        assert_eq!(in_snmp("Udp: InDatagrams\nUdp: 13\n"), None);
-        let snmp6 = "Udp6InErrors       \t7\nUdp6InCsumErrors                \t6\n";
-        assert_eq!(in_snmp6(snmp6), Some(6));
-    }
 
     #[test]
     fn drops_are_those_of_the_port() {
