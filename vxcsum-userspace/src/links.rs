@@ -1,6 +1,7 @@
 //! The network interfaces of this network namespace, by rtnetlink.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::pin::pin;
 
@@ -84,6 +85,14 @@ pub struct Vxlan {
     pub remote: Option<IpAddr>,
     /// The interfaces that routes to its remotes lead to, where it is not set to one.
     pub routed_by: BTreeSet<u32>,
+}
+
+/// What the VXLAN driver takes its source ports from by default, where it can be read
+/// (`udp_flow_src_port` in include/net/udp.h).
+pub fn local_port_range() -> Option<(u16, u16)> {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
+    let mut numbers = text.split_whitespace().map_while(|number| number.parse().ok());
+    Some((numbers.next()?, numbers.next()?))
 }
 
 /// How many packets each interface has sent, by index.

@@ -12,12 +12,13 @@ use futures_util::future::select_all;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use vxcsum_common::Device;
 use vxcsum_common::layout::{Counters, FixMode, Report};
 
 use crate::attach::{Attachment, Claim, Method};
 use crate::event::{Event, Source};
 use crate::kernel::Kernel;
-use crate::links::{Link, Links};
+use crate::links::{Link, Links, local_port_range};
 use crate::plan::{Plan, Wish};
 use crate::program::{LoadOptions, Program};
 use crate::receive::{self, Receive};
@@ -214,11 +215,11 @@ impl Supervisor {
     }
 
     fn plan(&self, link: &Link, links: &Links) -> Result<Plan> {
-        Ok(Plan::new(&self.options.wish, link, links, local_port_range())?)
+        Ok(Plan::new(&self.options.wish, link, links, default_ports())?)
     }
 
     fn receive_plan(&self, links: &Links) -> Result<Plan> {
-        let mut plan = Plan::of_node(&self.options.wish, links, local_port_range())?;
+        let mut plan = Plan::of_node(&self.options.wish, links, default_ports())?;
         for watched in self.watched.values() {
             plan.learn(&watched.program.config()?.ports);
         }
@@ -517,15 +518,8 @@ pub(crate) fn give_back_memory() {
     }
 }
 
-/// What the VXLAN driver takes its source ports from by default.
-fn local_port_range() -> (u16, u16) {
-    const KERNEL_DEFAULT: (u16, u16) = (32768, 60999);
-    let parse = |text: &str| {
-        let (min, max) = text.trim().split_once(char::is_whitespace)?;
-        Some((min.parse().ok()?, max.trim().parse().ok()?))
-    };
-    std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")
-        .ok()
-        .and_then(|text| parse(&text))
-        .unwrap_or(KERNEL_DEFAULT)
+/// What 0-0 stands for as a range of source ports.
+fn default_ports() -> (u16, u16) {
+    let unknown = (Device::UNKNOWN.source_port_min, Device::UNKNOWN.source_port_max);
+    local_port_range().unwrap_or(unknown)
 }

@@ -1,13 +1,12 @@
 //! VXLAN devices and what they leave by, with their offloads.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::net::IpAddr;
 
 use vxcsum_common::Policy;
 
 use crate::doctor::offloads::Offloads;
-use crate::links::{Link, Links, Vxlan};
+use crate::links::{Link, Links, Vxlan, local_port_range};
 
 /// Completes the sums of packets that leave a device; on where the device leaves that to others.
 pub const TX_CHECKSUM: &str = "tx-checksum-ip-generic";
@@ -126,10 +125,4 @@ fn device(links: &Links, link: &Link, vxlan: &Vxlan) -> Device {
 
 fn offloads(device: &str) -> Result<Offloads, String> {
     Offloads::read(device).map_err(|errno| errno.desc().to_owned())
-}
-
-fn local_port_range() -> Option<(u16, u16)> {
-    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
-    let mut numbers = text.split_whitespace().map_while(|number| number.parse().ok());
-    Some((numbers.next()?, numbers.next()?))
 }
