@@ -52,9 +52,8 @@ pub struct CheckArgs {
     )]
     port: Vec<u16>,
 
-    /// Source ports that VXLAN devices send from, the end not included: `ip_local_port_range` of the
-    /// sending node, or srcport of its device. NAT is only blamed where the port from before is one
-    /// of them
+    /// Source ports that VXLAN devices send from: `ip_local_port_range` of the sending node, or
+    /// srcport of its device. NAT is only blamed where the port from before is one of them
     #[arg(long, value_name = "MIN-MAX", default_value = "32768-60999", value_parser = port_range)]
     port_range: (u16, u16),
 }

@@ -302,7 +302,7 @@ impl Display for Kernel {
             }
         }
         if self.class2_measured {
-            write!(f, "; class 2 not fixed (no kernel up to 6.18 is)")
+            write!(f, "; class 2 not fixed (no kernel up to 7.2 is)")
         } else {
             write!(f, "; class 2: not measured in kernels this new, no fix is known")
         }
