@@ -1,0 +1,59 @@
+//! What can be measured.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use vxcsum_tests::daemon;
+
+use crate::effort::Effort;
+use crate::machine::Machine;
+use crate::report::{Findings, Report};
+use crate::start;
+
+/// Something that can be measured.
+pub(crate) struct Bench {
+    /// On the command line, and of the files.
+    pub(crate) name: &'static str,
+    /// What is measured.
+    pub(crate) title: &'static str,
+    /// How often each number is taken unless said otherwise: as often as it takes until the median
+    /// is the same in the next run.
+    pub(crate) repetitions: usize,
+    /// Measures it, inside of this process.
+    pub(crate) measure: fn(Effort) -> Result<Findings>,
+}
+
+/// All of them, in the order in which they are run and shown.
+pub(crate) const BENCHES: &[Bench] = &[Bench {
+    name: "start",
+    title: "Start to attached, and sizes",
+    repetitions: 11,
+    measure: start::measure,
+}];
+
+/// Takes the numbers of one of them.
+pub(crate) fn run(
+    bench: &Bench,
+    repetitions: Option<usize>,
+    quick: bool,
+    commit: &str,
+) -> Result<Report> {
+    let binary = daemon::binary()?;
+    let machine = Machine::this(Path::new(&binary), commit)?;
+    let usual = if quick { 1 } else { bench.repetitions };
+    let effort = Effort { repetitions: repetitions.unwrap_or(usual), quick };
+    let start = Instant::now();
+    let Findings { panels, notes } =
+        (bench.measure)(effort).with_context(|| format!("the bench {}", bench.name))?;
+    Ok(Report {
+        bench: bench.name.to_owned(),
+        title: bench.title.to_owned(),
+        machine,
+        repetitions: effort.repetitions,
+        seconds: start.elapsed().as_secs_f64(),
+        quick,
+        panels,
+        notes,
+    })
+}

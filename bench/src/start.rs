@@ -1,0 +1,166 @@
+//! How long it takes until every packet is seen, and how large what does it is.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::programs::{ProgramInfo, loaded_programs};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vxcsum_tests::client::Socket;
+use vxcsum_tests::daemon;
+use vxcsum_tests::netns::NetNs;
+
+use crate::effort::{Effort, interleaved};
+use crate::report::{Findings, Limit, Panel, Series};
+
+/// The longest start (product.md §6), in milliseconds.
+const REACH_MS: f64 = 200.0;
+const TRANSPORTS: [&str; 2] = ["ring", "perf"];
+
+/// Measures both.
+pub(crate) fn measure(effort: Effort) -> Result<Findings> {
+    let mut findings = Findings::default();
+    findings.panel(start_to_attached(effort)?);
+    let [walked, sizes] = programs()?;
+    findings.panel(walked);
+    findings.panel(sizes);
+    findings.panel(binary()?);
+    findings.note(
+        "Start to attached: from before `ip netns exec` starts vxcsum until it says of the last \
+         interface that it watches it. It has looked at the kernel and at the devices by then, and \
+         has loaded one program for each interface and one for the receiver's side.",
+    );
+    Ok(findings)
+}
+
+fn start_to_attached(effort: Effort) -> Result<Panel> {
+    let mut panel = Panel::new("Start to attached", "ms");
+    let mut subjects = Vec::new();
+    for count in [1, 8] {
+        subjects.extend(TRANSPORTS.map(|transport| (count, transport)));
+    }
+    let samples = interleaved("start", effort, &subjects, |&(count, transport)| {
+        let ns = interfaces(count)?;
+        let socket = Socket::new()?;
+        let (took, child) = start(&ns, &socket, count, &["--transport", transport])?;
+        stop(child)?;
+        Ok(took.as_secs_f64() * 1000.0)
+    })?;
+    for ((count, transport), samples) in subjects.into_iter().zip(samples) {
+        let plural = if count == 1 { "" } else { "s" };
+        let series = Series::new(format!("{count} interface{plural}"), samples);
+        panel.push(series.variant(transport).reach(Limit::AtMost, REACH_MS));
+    }
+    Ok(panel)
+}
+
+/// A namespace with so many interfaces, named as [`name`] says.
+pub(crate) fn interfaces(count: usize) -> Result<NetNs> {
+    let ns = NetNs::new("many")?;
+    // Each needs another end, which nobody watches.
+    let pair = |index| format!("link add {} up type veth peer name peer{index}\n", name(index));
+    ns.ip(&(0..count).map(pair).collect::<String>())?;
+    Ok(ns)
+}
+
+/// The name of one of [`interfaces`].
+pub(crate) fn name(index: usize) -> String {
+    format!("nic{index}")
+}
+
+/// Starts vxcsum on `count` of [`interfaces`]; returns how long it took until it watches them all.
+pub(crate) fn start(
+    ns: &NetNs,
+    socket: &Socket,
+    count: usize,
+    options: &[&str],
+) -> Result<(Duration, Child)> {
+    let names = (0..count).flat_map(|index| ["--interface".to_owned(), name(index)]);
+    let mut command = socket.command_in(ns, ["run", "--quiet"])?;
+    command
+        .args(names)
+        .args(options)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let begin = Instant::now();
+    let mut child = command.spawn().context("start vxcsum")?;
+    let mut messages = BufReader::new(child.stderr.take().context("no standard error")?);
+    let (mut watched, mut line, mut said) = (0, String::new(), String::new());
+    while watched < count {
+        line.clear();
+        if messages.read_line(&mut line)? == 0 {
+            bail!("vxcsum ended: {said}");
+        }
+        watched += usize::from(line.contains("watching "));
+        said += &line;
+    }
+    let took = begin.elapsed();
+    // What it says from now on is to find a reader.
+    std::thread::spawn(move || std::io::copy(&mut messages, &mut std::io::sink()));
+    Ok((took, child))
+}
+
+/// Ends it as a service manager does.
+pub(crate) fn stop(mut child: Child) -> Result<()> {
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?;
+    let status = child.wait()?;
+    ensure!(status.success(), "vxcsum ended with {status}");
+    Ok(())
+}
+
+/// What the verifier walked, and what came out of it.
+fn programs() -> Result<[Panel; 2]> {
+    let mut walked = Panel::new("Instructions that the verifier walked", "instructions");
+    let mut sizes = Panel::new("Machine code of the program", "bytes");
+    for transport in TRANSPORTS {
+        let ns = interfaces(1)?;
+        let socket = Socket::new()?;
+        let (_, child) = start(&ns, &socket, 1, &["--transport", transport])?;
+        let programs = programs_of(child.id())?;
+        stop(child)?;
+        for program in programs {
+            let name = program.name_as_str().unwrap_or_default().to_owned();
+            // The one for drops is the same over both.
+            if name.contains("receive") && transport != TRANSPORTS[0] {
+                continue;
+            }
+            let name = if name.contains("receive") { name } else { format!("{name}, {transport}") };
+            let count = program.verified_instruction_count().context("Linux 5.16 tells this")?;
+            walked.push(Series::new(name.clone(), vec![f64::from(count)]));
+            sizes.push(Series::new(name, vec![f64::from(program.size_jitted())]));
+        }
+    }
+    Ok([walked, sizes])
+}
+
+/// The programs that a process holds.
+fn programs_of(pid: u32) -> Result<Vec<ProgramInfo>> {
+    let folder = format!("/proc/{pid}/fdinfo");
+    let mut ids = BTreeSet::new();
+    for entry in fs::read_dir(&folder).with_context(|| folder.clone())? {
+        // One may be closed by now.
+        let text = fs::read_to_string(entry?.path()).unwrap_or_default();
+        let id = text.lines().find_map(|line| line.strip_prefix("prog_id:"));
+        ids.extend(id.and_then(|id| id.trim().parse::<u32>().ok()));
+    }
+    let mut programs = Vec::new();
+    for program in loaded_programs() {
+        let program = program?;
+        if ids.contains(&program.id()) {
+            programs.push(program);
+        }
+    }
+    Ok(programs)
+}
+
+fn binary() -> Result<Panel> {
+    let mut panel = Panel::new("The binary, all BPF programs inside", "KiB");
+    let len = fs::metadata(daemon::binary()?)?.len();
+    panel.push(Series::new("vxcsum", vec![len as f64 / 1024.0]));
+    Ok(panel)
+}
