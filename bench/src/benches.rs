@@ -10,6 +10,7 @@ use crate::effort::Effort;
 use crate::machine::Machine;
 use crate::report::{Findings, Report};
 use crate::start;
+use crate::traffic;
 
 /// Something that can be measured.
 pub(crate) struct Bench {
@@ -25,12 +26,20 @@ pub(crate) struct Bench {
 }
 
 /// All of them, in the order in which they are run and shown.
-pub(crate) const BENCHES: &[Bench] = &[Bench {
-    name: "start",
-    title: "Start to attached, and sizes",
-    repetitions: 11,
-    measure: start::measure,
-}];
+pub(crate) const BENCHES: &[Bench] = &[
+    Bench {
+        name: "traffic",
+        title: "TCP and small packets through a VXLAN",
+        repetitions: 15,
+        measure: traffic::measure,
+    },
+    Bench {
+        name: "start",
+        title: "Start to attached, and sizes",
+        repetitions: 11,
+        measure: start::measure,
+    },
+];
 
 /// Takes the numbers of one of them.
 pub(crate) fn run(

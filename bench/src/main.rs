@@ -11,6 +11,9 @@ mod plot;
 mod report;
 mod start;
 mod table;
+mod traffic;
+mod usage;
+mod vxcsum;
 
 use std::io::{self, BufRead as _, Write as _};
 use std::path::PathBuf;

@@ -2,20 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result};
 use aya::programs::{ProgramInfo, loaded_programs};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use vxcsum_tests::client::Socket;
 use vxcsum_tests::daemon;
 use vxcsum_tests::netns::NetNs;
 
 use crate::effort::{Effort, interleaved};
 use crate::report::{Findings, Limit, Panel, Series};
+use crate::vxcsum::Vxcsum;
 
 /// The longest start (product.md §6), in milliseconds.
 const REACH_MS: f64 = 200.0;
@@ -44,10 +39,11 @@ fn start_to_attached(effort: Effort) -> Result<Panel> {
         subjects.extend(TRANSPORTS.map(|transport| (count, transport)));
     }
     let samples = interleaved("start", effort, &subjects, |&(count, transport)| {
-        let ns = interfaces(count)?;
-        let socket = Socket::new()?;
-        let (took, child) = start(&ns, &socket, count, &["--transport", transport])?;
-        stop(child)?;
+        let (ns, names) = interfaces(count)?;
+        let names: Vec<_> = names.iter().map(String::as_str).collect();
+        let vxcsum = Vxcsum::start(&ns, &names, &["--transport", transport])?;
+        let took = vxcsum.started_in;
+        vxcsum.stop()?;
         Ok(took.as_secs_f64() * 1000.0)
     })?;
     for ((count, transport), samples) in subjects.into_iter().zip(samples) {
@@ -58,59 +54,14 @@ fn start_to_attached(effort: Effort) -> Result<Panel> {
     Ok(panel)
 }
 
-/// A namespace with so many interfaces, named as [`name`] says.
-pub(crate) fn interfaces(count: usize) -> Result<NetNs> {
+/// A namespace with so many interfaces that can be watched, and their names.
+pub(crate) fn interfaces(count: usize) -> Result<(NetNs, Vec<String>)> {
     let ns = NetNs::new("many")?;
+    let names: Vec<_> = (0..count).map(|index| format!("nic{index}")).collect();
     // Each needs another end, which nobody watches.
-    let pair = |index| format!("link add {} up type veth peer name peer{index}\n", name(index));
-    ns.ip(&(0..count).map(pair).collect::<String>())?;
-    Ok(ns)
-}
-
-/// The name of one of [`interfaces`].
-pub(crate) fn name(index: usize) -> String {
-    format!("nic{index}")
-}
-
-/// Starts vxcsum on `count` of [`interfaces`]; returns how long it took until it watches them all.
-pub(crate) fn start(
-    ns: &NetNs,
-    socket: &Socket,
-    count: usize,
-    options: &[&str],
-) -> Result<(Duration, Child)> {
-    let names = (0..count).flat_map(|index| ["--interface".to_owned(), name(index)]);
-    let mut command = socket.command_in(ns, ["run", "--quiet"])?;
-    command
-        .args(names)
-        .args(options)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    let begin = Instant::now();
-    let mut child = command.spawn().context("start vxcsum")?;
-    let mut messages = BufReader::new(child.stderr.take().context("no standard error")?);
-    let (mut watched, mut line, mut said) = (0, String::new(), String::new());
-    while watched < count {
-        line.clear();
-        if messages.read_line(&mut line)? == 0 {
-            bail!("vxcsum ended: {said}");
-        }
-        watched += usize::from(line.contains("watching "));
-        said += &line;
-    }
-    let took = begin.elapsed();
-    // What it says from now on is to find a reader.
-    std::thread::spawn(move || std::io::copy(&mut messages, &mut std::io::sink()));
-    Ok((took, child))
-}
-
-/// Ends it as a service manager does.
-pub(crate) fn stop(mut child: Child) -> Result<()> {
-    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?;
-    let status = child.wait()?;
-    ensure!(status.success(), "vxcsum ended with {status}");
-    Ok(())
+    let pair = |name: &String| format!("link add {name} up type veth peer name far-{name}\n");
+    ns.ip(&names.iter().map(pair).collect::<String>())?;
+    Ok((ns, names))
 }
 
 /// What the verifier walked, and what came out of it.
@@ -118,11 +69,11 @@ fn programs() -> Result<[Panel; 2]> {
     let mut walked = Panel::new("Instructions that the verifier walked", "instructions");
     let mut sizes = Panel::new("Machine code of the program", "bytes");
     for transport in TRANSPORTS {
-        let ns = interfaces(1)?;
-        let socket = Socket::new()?;
-        let (_, child) = start(&ns, &socket, 1, &["--transport", transport])?;
-        let programs = programs_of(child.id())?;
-        stop(child)?;
+        let (ns, names) = interfaces(1)?;
+        let vxcsum = Vxcsum::start(&ns, &[&names[0]], &["--transport", transport])?;
+        vxcsum.wait_ready()?;
+        let programs = programs_of(vxcsum.pid())?;
+        vxcsum.stop()?;
         for program in programs {
             let name = program.name_as_str().unwrap_or_default().to_owned();
             // The one for drops is the same over both.
