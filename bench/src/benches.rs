@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 use vxcsum_tests::daemon;
 
+use crate::check;
 use crate::effort::Effort;
 use crate::machine::Machine;
 use crate::report::{Findings, Report};
@@ -32,6 +33,12 @@ pub(crate) const BENCHES: &[Bench] = &[
         title: "TCP and small packets through a VXLAN",
         repetitions: 15,
         measure: traffic::measure,
+    },
+    Bench {
+        name: "check",
+        title: "vxcsum check, tshark and tcpdump over the same capture",
+        repetitions: 3,
+        measure: check::measure,
     },
     Bench {
         name: "start",

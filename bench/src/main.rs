@@ -4,6 +4,7 @@
 //! show`, with one report a line between them.
 
 mod benches;
+mod check;
 mod docs;
 mod effort;
 mod machine;
