@@ -11,6 +11,7 @@ use crate::effort::Effort;
 use crate::machine::Machine;
 use crate::report::{Findings, Report};
 use crate::start;
+use crate::storm;
 use crate::traffic;
 
 /// Something that can be measured.
@@ -33,6 +34,12 @@ pub(crate) const BENCHES: &[Bench] = &[
         title: "TCP and small packets through a VXLAN",
         repetitions: 15,
         measure: traffic::measure,
+    },
+    Bench {
+        name: "storm",
+        title: "A storm of nothing but broken packets",
+        repetitions: 5,
+        measure: storm::measure,
     },
     Bench {
         name: "check",
