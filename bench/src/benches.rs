@@ -8,6 +8,7 @@ use vxcsum_tests::daemon;
 
 use crate::check;
 use crate::effort::Effort;
+use crate::growth;
 use crate::machine::Machine;
 use crate::report::{Findings, Report};
 use crate::start;
@@ -41,6 +42,7 @@ pub(crate) const BENCHES: &[Bench] = &[
         repetitions: 5,
         measure: storm::measure,
     },
+    Bench { name: "growth", title: "How the cost grows", repetitions: 3, measure: growth::measure },
     Bench {
         name: "check",
         title: "vxcsum check, tshark and tcpdump over the same capture",

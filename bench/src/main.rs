@@ -5,8 +5,10 @@
 
 mod benches;
 mod check;
+mod clients;
 mod docs;
 mod effort;
+mod growth;
 mod machine;
 mod plot;
 mod report;
@@ -14,6 +16,7 @@ mod start;
 mod storm;
 mod table;
 mod tail;
+mod test_run;
 mod traffic;
 mod usage;
 mod vxcsum;

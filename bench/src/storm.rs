@@ -74,6 +74,9 @@ struct Sample {
     suppressed: f64,
     lost: f64,
     cpu_percent: f64,
+    /// Before anything happens, all that the start took included.
+    start_kib: f64,
+    /// From then on.
     peak_kib: f64,
     /// From the packet to the line, in microseconds.
     latency: Vec<f64>,
@@ -110,14 +113,18 @@ pub(crate) fn measure(effort: Effort) -> Result<Findings> {
     let cpu = panel("The daemon", "% of a core", &all, |it| it.cpu_percent);
     findings.panel(reach(cpu, REACH_CPU_PERCENT, false));
     let memory = panel("The daemon's memory, at its peak", "KiB", &all, |it| it.peak_kib);
-    findings.panel(reach(memory, REACH_KIB, false));
+    let mut memory = reach(memory, REACH_KIB, false);
+    let at_start = samples.iter().flatten().map(|sample| sample.start_kib);
+    memory.push(Series::new("peak of the start before that", at_start.collect()));
+    findings.panel(memory);
     findings.panel(panel("Storm", "packets/s", &storms, |it| it.packets_per_second));
     findings.panel(fates(&storms));
     findings.panel(latencies(&all));
     findings.note(format!(
         "Each broken in the same way (`stale_nat`), sent by {} thread(s) through packet sockets; \
          one processor is left for the rest where there is more than one. Processor time is taken \
-         for {STORM:?} after the burst of the first second; memory and counts are of the whole run.",
+         for {STORM:?} after the burst of the first second; counts are of the whole run. While it \
+         starts, the daemon holds the kernel's types (BTF) for a moment, as that peak shows.",
         threads()?
     ));
     findings.note(
@@ -137,6 +144,8 @@ fn one(lab: &Lab, subject: &Subject, effort: Effort) -> Result<Sample> {
     let before = counters::device(&lab.a, NIC)?;
     let vxcsum = Vxcsum::start(&lab.a, &[NIC], subject.options)?;
     vxcsum.wait_ready()?;
+    let start_kib = usage::resident_kib(vxcsum.pid())?.peak;
+    usage::forget_peak(vxcsum.pid())?;
     let tail = subject.has_tail.then(|| Tail::start(&vxcsum.socket)).transpose()?;
 
     let stale = Packet::stale().frame()?;
@@ -180,6 +189,7 @@ fn one(lab: &Lab, subject: &Subject, effort: Effort) -> Result<Sample> {
         suppressed: events.suppressed as f64,
         lost: events.lost as f64,
         cpu_percent,
+        start_kib,
         peak_kib,
         latency,
     })

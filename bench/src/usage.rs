@@ -36,7 +36,7 @@ pub(crate) fn process_busy(pid: u32) -> Result<Duration> {
 pub(crate) struct Resident {
     /// Now.
     pub(crate) now: f64,
-    /// At most, so far.
+    /// At most, so far, or since [`forget_peak`].
     pub(crate) peak: f64,
 }
 
@@ -50,6 +50,12 @@ pub(crate) fn resident_kib(pid: u32) -> Result<Resident> {
         Ok(value.with_context(|| format!("no {name} in {path}"))?.parse()?)
     };
     Ok(Resident { now: field("VmRSS")?, peak: field("VmHWM")? })
+}
+
+/// Starts the peak anew, from what is in use now (`/proc/PID/clear_refs`, proc(5)).
+pub(crate) fn forget_peak(pid: u32) -> Result<()> {
+    let path = format!("/proc/{pid}/clear_refs");
+    fs::write(&path, "5").with_context(|| path.clone())
 }
 
 #[cfg(test)]
