@@ -53,7 +53,7 @@ pub(crate) fn measure(effort: Effort) -> Result<Findings> {
     for (name, samples) in names {
         let mut series = Series::new(name, samples).against(&peer);
         if name.starts_with("vxcsum") {
-            series = series.reach_ratio(Limit::AtLeast, REACH);
+            series = series.reach_ratio(Limit::AtLeast, REACH).quote("`vxcsum check`, a capture");
         }
         speed.push(series);
     }

@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result};
 
 use crate::benches::BENCHES;
 use crate::plot;
-use crate::report::{Panel, Report, Series};
-use crate::table::{heading, row};
+use crate::report::{Panel, Report, Series, number};
+use crate::table::{heading, reach_cell, row};
 
 /// Between these, a page is written by the benches.
 const START: &str = "<!-- written by `cargo xtask bench --docs`: -->\n";
@@ -33,6 +33,13 @@ pub(crate) fn folder() -> PathBuf {
 
 /// Writes the results into the pages, of all reports that are kept there.
 pub(crate) fn write_pages() -> Result<()> {
+    let reports = kept()?;
+    write_section(&root().join("docs/benchmarks.md"), &results(&reports))?;
+    write_section(&root().join("README.md"), &quoted(&reports))
+}
+
+/// The reports that are kept there, in the order of the benches.
+fn kept() -> Result<Vec<Report>> {
     let mut reports = Vec::new();
     for bench in BENCHES {
         let path = folder().join(format!("{}.json", bench.name));
@@ -43,8 +50,7 @@ pub(crate) fn write_pages() -> Result<()> {
             reports.push(report);
         }
     }
-    write_section(&root().join("docs/benchmarks.md"), &results(&reports))?;
-    write_section(&root().join("README.md"), &quoted(&reports))
+    Ok(reports)
 }
 
 fn root() -> &'static Path {
@@ -101,14 +107,13 @@ fn markdown(panel: &Panel) -> String {
     text
 }
 
-/// The few numbers that a user decides by: all that have something to reach.
+/// The few numbers that a user decides by.
 fn quoted(reports: &[Report]) -> String {
-    let mut text = "| | | to reach |\n| --- | --: | --- |\n".to_owned();
+    let mut text = "| | measured | to reach |\n| --- | --: | --- |\n".to_owned();
     for report in reports {
         for panel in &report.panels {
-            for series in panel.series.iter().filter(|series| series.reach.is_some()) {
-                let _ = writeln!(text, "{}", quoted_row(panel, series));
-            }
+            let rows = panel.series.iter().filter_map(|series| quoted_row(panel, series));
+            text.extend(rows);
         }
     }
     if let Some(report) = reports.first() {
@@ -117,8 +122,44 @@ fn quoted(reports: &[Report]) -> String {
     text
 }
 
-fn quoted_row(panel: &Panel, series: &Series) -> String {
-    let [label, median, _, _, ratio, reach] = row(panel, series);
-    let value = if ratio.is_empty() { format!("{median} {}", panel.unit) } else { ratio };
-    format!("| {}: {label} | {value} | {reach} |", panel.title)
+fn quoted_row(panel: &Panel, series: &Series) -> Option<String> {
+    let name = series.quote.as_ref()?;
+    let value = format!("{} {}", number(series.median), panel.unit);
+    let value = match &series.ratio {
+        Some(ratio) => format!("{} of {} ({value})", number(ratio.median), ratio.to),
+        None => value,
+    };
+    let reach = series.reach.map(reach_cell).unwrap_or_default();
+    Some(format!("| {name} | {value} | {reach} |\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Limit;
+
+    fn section(page: &str) -> String {
+        let text = fs::read_to_string(root().join(page)).unwrap();
+        let (_, rest) = text.split_once(START).unwrap();
+        rest.split_once(END).unwrap().0.to_owned()
+    }
+
+    /// What the pages say comes from the reports beside them and from nowhere else.
+    #[test]
+    fn the_pages_say_what_the_reports_say() {
+        let reports = kept().unwrap();
+        assert_eq!(section("docs/benchmarks.md"), results(&reports), "cargo xtask bench --docs");
+        assert_eq!(section("README.md"), quoted(&reports), "cargo xtask bench --docs");
+    }
+
+    #[test]
+    fn a_row_is_quoted_with_its_unit_and_what_it_is_compared_with() {
+        let without = Series::new("without", vec![10.0]);
+        let with = Series::new("with", vec![9.95]).against(&without).quote("TCP");
+        let with = with.reach_ratio(Limit::AtLeast, 0.99);
+        let panel = Panel::new("TCP", "Gbit/s");
+        assert_eq!(quoted_row(&panel, &without), None);
+        let row = quoted_row(&panel, &with).unwrap();
+        assert_eq!(row, "| TCP | 0.995 of without (9.95 Gbit/s) | ratio ≥ 0.990: met |\n");
+    }
 }

@@ -199,6 +199,7 @@ fn with_clients(effort: Effort) -> Result<[Panel; 4]> {
 fn clients(lab: &Lab, count: usize, events: usize) -> Result<[f64; 4]> {
     let vxcsum = Vxcsum::start(&lab.a, &[NIC], &[])?;
     vxcsum.wait_ready()?;
+    usage::forget_peak(vxcsum.pid())?;
     let clients = Clients::connect(&vxcsum.socket, count)?;
     let stale = Packet::stale().frame()?;
     let (start, busy) = (Instant::now(), usage::process_busy(vxcsum.pid())?);

@@ -3,6 +3,8 @@
 //! Measuring needs root, and writing must not be done by it: `vxcsum-bench measure | vxcsum-bench
 //! show`, with one report a line between them.
 
+#![expect(clippy::cast_precision_loss, reason = "what is counted here stays far below 2^52")]
+
 mod benches;
 mod check;
 mod clients;
@@ -25,7 +27,7 @@ use std::io::{self, BufRead as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use vxcsum_tests::netns;
 
@@ -109,12 +111,11 @@ fn wanted(names: &[String]) -> Result<Vec<&'static Bench>> {
     if names.is_empty() {
         return Ok(BENCHES.iter().collect());
     }
-    let find = |name: &String| match BENCHES.iter().find(|bench| bench.name == name) {
-        Some(bench) => Ok(bench),
-        None => {
+    let find = |name: &String| {
+        BENCHES.iter().find(|bench| bench.name == name).with_context(|| {
             let known: Vec<_> = BENCHES.iter().map(|bench| bench.name).collect();
-            bail!("there is no bench {name}: there are {}", known.join(", "));
-        }
+            format!("there is no bench {name}: there are {}", known.join(", "))
+        })
     };
     names.iter().map(find).collect()
 }

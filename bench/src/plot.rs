@@ -1,5 +1,7 @@
 //! Reports as pictures.
 
+use std::fmt::{Display, Write as _};
+
 use anyhow::{Result, anyhow};
 use plotters::backend::SVGBackend;
 use plotters::chart::{ChartBuilder, ChartContext, LabelAreaPosition};
@@ -16,12 +18,13 @@ use crate::table::reach_cell;
 
 const WIDTH: u32 = 960;
 const HEADER: u32 = 66;
-const LINES_HEIGHT: u32 = 320;
+const LINES_HEIGHT: u32 = 260;
 /// Above the axes of a panel: its title, and its legend.
 const TITLE: u32 = 30;
 const LEGEND: u32 = 20;
-/// Below them.
-const AXIS: u32 = 46;
+/// Below them, with and without a name.
+const NAMED_AXIS: u32 = 46;
+const AXIS: u32 = 32;
 const BAR: u32 = 20;
 const GAP: u32 = 8;
 /// What a letter takes at most, of the size that labels have.
@@ -46,33 +49,52 @@ type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64
 
 /// The picture of a report, as SVG.
 pub(crate) fn svg(report: &Report) -> Result<String> {
-    let heights: Vec<_> = report.panels.iter().map(height).collect();
+    let rows = rows(&report.panels);
+    let heights: Vec<_> = rows.iter().map(|row| height(row[0])).collect();
     let mut svg = String::new();
     {
         let size = (WIDTH, HEADER + heights.iter().sum::<u32>());
         let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
         root.fill(&WHITE).map_err(error)?;
         let (header, mut rest) = root.split_vertically(HEADER);
-        write(&header, &report.title, (16, 12), &style(20.0, TEXT))?;
+        put(&header, &report.title, (16, 12), &style(20.0, TEXT))?;
         let quick = if report.quick { " (a quick look only)" } else { "" };
         let Report { machine, repetitions, .. } = report;
         let line = format!(
             "{}, {} cores, Linux {}; {} ({}); medians of {repetitions} repetitions{quick}",
             machine.cpu, machine.cores, machine.kernel, machine.vxcsum, machine.commit
         );
-        write(&header, &line, (16, 40), &style(12.0, FAINT))?;
-        for (panel, height) in report.panels.iter().zip(heights) {
+        put(&header, &line, (16, 40), &style(12.0, FAINT))?;
+        for (row, height) in rows.into_iter().zip(heights) {
             let (area, below) = rest.split_vertically(height);
-            if panel.axis.is_some() {
-                lines(&area, panel)?
-            } else {
-                bars(&area, panel)?
+            let areas = area.split_evenly((1, row.len()));
+            for (panel, area) in row.iter().zip(areas) {
+                if panel.axis.is_some() {
+                    lines(&area, panel)?;
+                } else {
+                    bars(&area, panel)?;
+                }
             }
             rest = below;
         }
         root.present().map_err(error)?;
     }
     Ok(svg)
+}
+
+/// Panels of lines stand two in a row. Where all is zero there is nothing to see.
+fn rows(panels: &[Panel]) -> Vec<Vec<&Panel>> {
+    let mut rows: Vec<Vec<&Panel>> = Vec::new();
+    let is_seen = |panel: &&Panel| panel.series.iter().any(|series| series.max != 0.0);
+    for panel in panels.iter().filter(is_seen) {
+        match rows.last_mut() {
+            Some(row) if panel.axis.is_some() && row.len() == 1 && row[0].axis.is_some() => {
+                row.push(panel);
+            }
+            _ => rows.push(vec![panel]),
+        }
+    }
+    rows
 }
 
 fn height(panel: &Panel) -> u32 {
@@ -90,7 +112,7 @@ fn bars(area: &Area<'_>, panel: &Panel) -> Result<()> {
     let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or_default();
     let left = (longest as u32 * LETTER + 24).clamp(120, 420);
     let height = panel.series.len() as u32 * BAR + names.len() as u32 * GAP;
-    write(area, &title(panel), (16, 4), &style(15.0, TEXT))?;
+    put(area, &title(panel), (16, 4), &style(15.0, TEXT))?;
     draw_legend(area, &variants)?;
     // Room for what stands behind the longest bar.
     let most = panel.series.iter().map(|series| series.max).fold(0.0, f64::max);
@@ -102,15 +124,15 @@ fn bars(area: &Area<'_>, panel: &Panel) -> Result<()> {
         .set_label_area_size(LabelAreaPosition::Bottom, AXIS)
         .build_cartesian_2d(0.0..most, f64::from(height)..0.0)
         .map_err(error)?;
-    mesh(&mut chart, &panel.unit, None, |_| String::new())?;
+    mesh(&mut chart, None, |_| String::new())?;
 
     let label = style(13.0, TEXT).pos(Pos::new(HPos::Right, VPos::Center));
     let mut y = f64::from(GAP) / 2.0;
     for name in names {
         let group: Vec<_> = panel.series.iter().filter(|series| series.name == name).collect();
         let tall = f64::from(BAR) * group.len() as f64;
-        let middle = TITLE + legend + (y + tall / 2.0) as u32;
-        write(area, name, (left.cast_signed() - 8, middle.cast_signed()), &label)?;
+        let middle = f64::from(TITLE + legend) + y + tall / 2.0;
+        put(area, name, (left.cast_signed() - 8, middle as i32), &label)?;
         for series in group {
             let colour = colour(&variants, series);
             draw_bar(&mut chart, series, y, colour)?;
@@ -130,11 +152,11 @@ fn draw_bar(chart: &mut Chart<'_, '_>, series: &Series, y: f64, colour: RGBColor
     chart.draw_series([PathElement::new(whisker, thin)]).map_err(error)?;
     let mut text = number(series.median);
     if let Some(ratio) = &series.ratio {
-        text += &format!("  ({:.3})", ratio.median);
+        let _ = write!(text, "  ({:.3})", ratio.median);
     }
     let mut text_colour = TEXT;
     if let Some(reach) = series.reach {
-        text += &format!("  to reach {}", reach_cell(reach));
+        let _ = write!(text, "  to reach {}", reach_cell(reach));
         if !reach.met {
             text_colour = MISSED;
         }
@@ -152,7 +174,9 @@ fn draw_bar(chart: &mut Chart<'_, '_>, series: &Series, y: f64, colour: RGBColor
         _ => series.max,
     };
     let place = style(12.0, text_colour).pos(Pos::new(HPos::Left, VPos::Center));
-    let text = Text::new(format!(" {text}"), (behind, middle), place);
+    // SVG swallows a space at the start.
+    let gap = chart.x_range().end / 150.0;
+    let text = Text::new(text, (behind + gap, middle), place);
     chart.draw_series([text]).map_err(error)?;
     Ok(())
 }
@@ -160,7 +184,7 @@ fn draw_bar(chart: &mut Chart<'_, '_>, series: &Series, y: f64, colour: RGBColor
 fn lines(area: &Area<'_>, panel: &Panel) -> Result<()> {
     let variants = variants(panel);
     let legend = if variants.is_empty() { 0 } else { LEGEND };
-    write(area, &title(panel), (16, 4), &style(15.0, TEXT))?;
+    put(area, &title(panel), (16, 4), &style(15.0, TEXT))?;
     draw_legend(area, &variants)?;
     // Evenly spaced: each is a multiple of the one before.
     let mut places: Vec<_> = panel.series.iter().filter_map(|series| series.at).collect();
@@ -172,16 +196,15 @@ fn lines(area: &Area<'_>, panel: &Panel) -> Result<()> {
     let mut chart = ChartBuilder::on(area)
         .margin_top(TITLE + legend)
         .margin_right(24)
-        .set_label_area_size(LabelAreaPosition::Left, 80)
-        .set_label_area_size(LabelAreaPosition::Bottom, AXIS)
+        .set_label_area_size(LabelAreaPosition::Left, 68)
+        .set_label_area_size(LabelAreaPosition::Bottom, NAMED_AXIS)
         .build_cartesian_2d(-0.2..last + 0.2, 0.0..most)
         .map_err(error)?;
     let names: Vec<_> = places.iter().copied().map(number).collect();
-    mesh(&mut chart, panel.axis.as_deref().unwrap_or_default(), Some(&panel.unit), |at| {
+    mesh(&mut chart, panel.axis.as_deref(), |at| {
         // Ticks between places have no name.
-        let index = at.round();
-        let name = names.get(index.max(0.0) as usize);
-        name.filter(|_| (at - index).abs() < 1e-6).cloned().unwrap_or_default()
+        let is_at = |(index, _): &(usize, &String)| (at - *index as f64).abs() < 1e-6;
+        names.iter().enumerate().find(is_at).map(|(_, name)| name.clone()).unwrap_or_default()
     })?;
 
     let all = if variants.is_empty() { vec![None] } else { variants.iter().map(Some).collect() };
@@ -210,33 +233,23 @@ fn lines(area: &Area<'_>, panel: &Panel) -> Result<()> {
     Ok(())
 }
 
-/// Axes: of bars only the one below, else both.
-fn mesh(
-    chart: &mut Chart<'_, '_>,
-    x: &str,
-    y: Option<&str>,
-    name: impl Fn(f64) -> String,
-) -> Result<()> {
-    let is_lines = y.is_some();
-    let x_name = |at: &f64| if is_lines { name(*at) } else { number(*at) };
-    let y_name = |at: &f64| if is_lines { number(*at) } else { String::new() };
+/// Axes: of bars only the one below, and of lines, where that one has a name, both. The unit stands in
+/// the title.
+fn mesh(chart: &mut Chart<'_, '_>, x: Option<&str>, name: impl Fn(f64) -> String) -> Result<()> {
+    let x_name = |at: &f64| if x.is_some() { name(*at) } else { number(*at) };
+    let y_name = |at: &f64| number(*at);
     let mut mesh = chart.configure_mesh();
     mesh.x_label_formatter(&x_name)
         .y_label_formatter(&y_name)
-        .x_desc(x)
         .label_style(style(12.0, FAINT))
         .axis_desc_style(style(12.0, FAINT))
         .axis_style(MESH)
         .bold_line_style(MESH)
         .light_line_style(WHITE);
-    match y {
-        Some(unit) => {
-            mesh.y_desc(unit);
-        }
-        None => {
-            mesh.disable_y_mesh().disable_y_axis();
-        }
-    }
+    match x {
+        Some(x) => mesh.x_desc(x).y_labels(6),
+        None => mesh.disable_y_mesh().disable_y_axis(),
+    };
     mesh.draw().map_err(error)
 }
 
@@ -245,7 +258,7 @@ fn draw_legend(area: &Area<'_>, variants: &[String]) -> Result<()> {
     for (variant, colour) in variants.iter().zip(COLOURS.iter().cycle()) {
         let y = TITLE.cast_signed() - 2;
         area.draw(&Rectangle::new([(x, y), (x + 12, y + 12)], colour.filled())).map_err(error)?;
-        write(area, variant, (x + 18, y - 1), &style(12.0, TEXT))?;
+        put(area, variant, (x + 18, y - 1), &style(12.0, TEXT))?;
         x += 36 + (variant.chars().count() as u32 * LETTER).cast_signed();
     }
     Ok(())
@@ -286,11 +299,11 @@ fn style(size: f64, colour: RGBColor) -> TextStyle<'static> {
     ("sans-serif", size).into_font().color(&colour)
 }
 
-fn write(area: &Area<'_>, text: &str, at: (i32, i32), style: &TextStyle<'_>) -> Result<()> {
+fn put(area: &Area<'_>, text: &str, at: (i32, i32), style: &TextStyle<'_>) -> Result<()> {
     area.draw_text(text, style, at).map_err(error)
 }
 
 /// Its error type names the backend and borrows.
-fn error(error: impl std::fmt::Display) -> anyhow::Error {
+fn error(error: impl Display) -> anyhow::Error {
     anyhow!("cannot draw: {error}")
 }

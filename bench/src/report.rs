@@ -76,13 +76,6 @@ impl Panel {
     pub(crate) fn push(&mut self, series: Series) {
         self.series.push(series);
     }
-
-    /// Finds numbers.
-    pub(crate) fn find(&self, name: &str, variant: Option<&str>) -> Option<&Series> {
-        self.series
-            .iter()
-            .find(|series| series.name == name && series.variant.as_deref() == variant)
-    }
 }
 
 /// One number, taken over and over.
@@ -106,6 +99,9 @@ pub(crate) struct Series {
     pub(crate) ratio: Option<Ratio>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reach: Option<Reach>,
+    /// What it is, in the README.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) quote: Option<String>,
 }
 
 /// How it compares with another series, repetition by repetition.
@@ -175,6 +171,7 @@ impl Series {
             samples,
             ratio: None,
             reach: None,
+            quote: None,
         }
     }
 
@@ -189,6 +186,13 @@ impl Series {
     #[must_use]
     pub(crate) fn at(mut self, at: f64) -> Self {
         self.at = Some(at);
+        self
+    }
+
+    /// Has the README tell it, under this name.
+    #[must_use]
+    pub(crate) fn quote(mut self, name: &str) -> Self {
+        self.quote = Some(name.to_owned());
         self
     }
 

@@ -49,7 +49,11 @@ fn start_to_attached(effort: Effort) -> Result<Panel> {
     for ((count, transport), samples) in subjects.into_iter().zip(samples) {
         let plural = if count == 1 { "" } else { "s" };
         let series = Series::new(format!("{count} interface{plural}"), samples);
-        panel.push(series.variant(transport).reach(Limit::AtMost, REACH_MS));
+        let mut series = series.variant(transport).reach(Limit::AtMost, REACH_MS);
+        if (count, transport) == (1, TRANSPORTS[0]) {
+            series = series.quote("Start to attached");
+        }
+        panel.push(series);
     }
     Ok(panel)
 }

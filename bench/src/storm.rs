@@ -1,5 +1,6 @@
 //! Nothing but broken packets, as fast as they can be sent.
 
+use std::slice;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -96,11 +97,15 @@ pub(crate) fn measure(effort: Effort) -> Result<Findings> {
         }
         panel
     };
-    let reach = |mut panel: Panel, limit, without_limit_too: bool| {
+    let reach = |mut panel: Panel, limit, without_limit_too, quote: Option<&str>| {
         let subjects = all.iter().map(|(subject, _)| *subject);
         for (series, subject) in panel.series.iter_mut().zip(subjects) {
             if subject.has_limit || without_limit_too {
                 *series = series.clone().reach(Limit::AtMost, limit);
+            }
+            if let Some(name) = quote.filter(|_| subject.is_storm && subject.has_limit) {
+                let listens = if subject.has_tail { "with a `tail`" } else { "nobody listens" };
+                *series = series.clone().quote(&format!("{name}, {listens}"));
             }
         }
         panel
@@ -109,11 +114,12 @@ pub(crate) fn measure(effort: Effort) -> Result<Findings> {
     let mut findings = Findings::default();
     let title = "Packets that counters of vxcsum and of the NIC differ by, or that are not in the \
                  accounts of events";
-    findings.panel(reach(panel(title, "packets", &all, |it| it.off_by), 0.0, true));
+    findings.panel(reach(panel(title, "packets", &all, |it| it.off_by), 0.0, true, None));
     let cpu = panel("The daemon", "% of a core", &all, |it| it.cpu_percent);
-    findings.panel(reach(cpu, REACH_CPU_PERCENT, false));
+    let name = "The daemon in a storm of broken packets";
+    findings.panel(reach(cpu, REACH_CPU_PERCENT, false, Some(name)));
     let memory = panel("The daemon's memory, at its peak", "KiB", &all, |it| it.peak_kib);
-    let mut memory = reach(memory, REACH_KIB, false);
+    let mut memory = reach(memory, REACH_KIB, false, Some("Its memory"));
     let at_start = samples.iter().flatten().map(|sample| sample.start_kib);
     memory.push(Series::new("peak of the start before that", at_start.collect()));
     findings.panel(memory);
@@ -151,7 +157,7 @@ fn one(lab: &Lab, subject: &Subject, effort: Effort) -> Result<Sample> {
     let stale = Packet::stale().frame()?;
     let storm = subject
         .is_storm
-        .then(|| Storm::start(&lab.a, NIC, &[stale.clone()], threads()?))
+        .then(|| Storm::start(&lab.a, NIC, slice::from_ref(&stale), threads()?))
         .transpose()?;
     let storm_start = Instant::now();
     let pass = |duration| -> Result<()> {
@@ -197,16 +203,14 @@ fn one(lab: &Lab, subject: &Subject, effort: Effort) -> Result<Sample> {
 
 fn fates(storms: &[(&Subject, &Vec<Sample>)]) -> Panel {
     let mut panel = Panel::new("What became of the events", "events");
-    let fates: [(&str, fn(&Sample) -> f64); 3] = [
-        ("emitted", |sample| sample.emitted),
-        ("suppressed", |sample| sample.suppressed),
-        ("lost", |sample| sample.lost),
-    ];
     for (subject, samples) in storms {
-        for (fate, value) in fates {
+        let mut push = |fate, value: fn(&Sample) -> f64| {
             let series = Series::new(subject.name, samples.iter().map(value).collect());
             panel.push(series.variant(fate));
-        }
+        };
+        push("emitted", |sample| sample.emitted);
+        push("suppressed", |sample| sample.suppressed);
+        push("lost", |sample| sample.lost);
     }
     panel
 }

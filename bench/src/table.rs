@@ -1,5 +1,7 @@
 //! Reports as text.
 
+use std::fmt::Write as _;
+
 use crate::report::{Limit, Of, Panel, Ratio, Reach, Report, Series, number};
 
 /// Prints a report.
@@ -33,7 +35,7 @@ fn print_panel(panel: &Panel) {
             } else {
                 format!("{cell:>width$}")
             };
-            line += &format!("  {cell}");
+            let _ = write!(line, "  {cell}");
         }
         println!("  {}", line.trim_end());
     }

@@ -70,6 +70,16 @@ impl Subject {
         }
     }
 
+    /// How the README names it.
+    fn quoted(self) -> Option<&'static str> {
+        match self {
+            Self::Vxcsum(_, ["--attach", "tcx"]) => Some("watched by vxcsum"),
+            Self::Cure => Some("with checksum offload off (`ethtool -K`) instead"),
+            Self::Tcpdump => Some("with tcpdump writing headers instead"),
+            _ => None,
+        }
+    }
+
     const fn is_vxcsum(self) -> bool {
         matches!(self, Self::Vxcsum(..))
     }
@@ -153,6 +163,7 @@ fn close_door(lab: &Lab) -> Result<()> {
     lab.b.run(&format!("nft add chain netdev door shut {hook}")).map(drop)
 }
 
+/// With `reach`, as ratios to what is without.
 fn panel(
     title: &str,
     unit: &str,
@@ -170,6 +181,9 @@ fn panel(
                 series = series.against(without);
                 if subject.is_vxcsum() {
                     series = series.reach_ratio(Limit::AtLeast, reach);
+                }
+                if let Some(how) = subject.quoted() {
+                    series = series.quote(&format!("{title}, {how}"));
                 }
             }
             _ => {}
@@ -345,10 +359,11 @@ fn small(lab: &Lab, duration: Duration, pid: Option<u32>) -> Result<Sample> {
         socket.connect(to)?;
         send_for(&socket, SETTLE)?;
         let busy = Busy::start(pid)?;
-        let spent = || anyhow::Ok(Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?));
-        let before = spent()?;
+        let cpu_time =
+            || anyhow::Ok(Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?));
+        let before = cpu_time()?;
         let sent = send_for(&socket, duration)?;
-        busy.stop(sent as f64 / (spent()? - before).as_secs_f64())
+        busy.stop(sent as f64 / cpu_time()?.saturating_sub(before).as_secs_f64())
     })
 }
 
