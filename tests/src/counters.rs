@@ -36,6 +36,13 @@ pub struct Device {
     pub rx_bytes: u64,
 }
 
+impl Device {
+    /// Packets that have gone through TC egress since `before`.
+    pub const fn left_since(&self, before: &Self) -> u64 {
+        self.tx_packets + self.tx_dropped - before.tx_packets - before.tx_dropped
+    }
+}
+
 /// The UDP counters of a namespace, or those of UDP over IPv6.
 pub fn udp(ns: &NetNs, family: Family) -> Result<Udp> {
     match family {

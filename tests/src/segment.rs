@@ -55,6 +55,11 @@ impl Segment {
 
     /// Its bytes, with this outer checksum.
     pub fn frame_with(self, check: Check) -> Result<Vec<u8>> {
+        Ok(self.laid_out(check)?.bytes)
+    }
+
+    /// All of it, with this outer checksum.
+    pub fn laid_out(self, check: Check) -> Result<Frame> {
         let ends = [Ipv4Addr::new(172, 29, 0, 0), Ipv4Addr::new(172, 29, 2, 0)].map(IpAddr::from);
         let mut header = TcpHeader::new(self.sport, SERVICE, self.sequence, 43690);
         header.syn = self.flags.contains('S');
@@ -66,6 +71,6 @@ impl Segment {
         let vxlan = Vxlan::new(50000, check, Ip::new(ends[0], ends[1], tcp).into());
         let nodes = [Ipv4Addr::new(10, 0, 0, 11), Ipv4Addr::new(10, 0, 0, 13)].map(IpAddr::from);
         let outer = Ip::new(nodes[0], nodes[1], Transport::Vxlan(vxlan));
-        Ok(Frame::new(&outer.into())?.bytes)
+        Frame::new(&outer.into())
     }
 }

@@ -48,6 +48,11 @@ impl Packet {
 
     /// Its bytes.
     pub fn frame(self) -> Result<Vec<u8>> {
+        Ok(self.laid_out()?.bytes)
+    }
+
+    /// All of it.
+    pub fn laid_out(self) -> Result<Frame> {
         let ends = [Ipv4Addr::new(172, 29, 0, 0), Ipv4Addr::new(172, 29, 2, 0)].map(IpAddr::from);
         let inner = Ip::new(
             ends[0],
@@ -63,7 +68,7 @@ impl Packet {
         vxlan.vni = self.vni;
         let source = Ipv4Addr::new(10, 0, 0, 11).into();
         let outer = Ip::new(source, self.peer, Transport::Vxlan(vxlan));
-        Ok(Frame::new(&outer.into())?.bytes)
+        Frame::new(&outer.into())
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use vxcsum_tests::client::Socket;
-use vxcsum_tests::counters::{self, Device};
+use vxcsum_tests::counters;
 use vxcsum_tests::daemon::{Daemon, Summary};
 use vxcsum_tests::lab::{Lab, LabConfig, NIC};
 use vxcsum_tests::packets::Check;
@@ -37,11 +37,6 @@ fn all_kinds() -> Result<Vec<Vec<u8>>> {
     frames.push(Packet::stale().frame()?);
     frames.push(Packet { inner_sport: 7001, ..Packet::stale() }.frame()?);
     Ok(frames)
-}
-
-/// Packets that have gone through TC egress.
-fn left(before: Device, after: Device) -> u64 {
-    after.tx_packets + after.tx_dropped - before.tx_packets - before.tx_dropped
 }
 
 /// No packet here is more than one on the wire, so packets are skbs.
@@ -100,7 +95,7 @@ fn exact_in_a_storm(attach: &str, events_per_second: u64) -> Result<()> {
     let status = socket.status()?;
     check_identities(&status)?;
     let interface = status.interface()?;
-    assert_eq!(interface.skbs, left(before, counters::device(&lab.a, NIC)?));
+    assert_eq!(interface.skbs, counters::device(&lab.a, NIC)?.left_since(&before));
     assert_eq!(interface.skbs, sent, "nothing else was to be sent");
     // A sixth of what all threads have sent in whole rounds.
     let sixth = sent / 6;
@@ -201,7 +196,7 @@ fn events_that_find_no_room() -> Result<()> {
     check_identities(&summary)?;
     assert!(summary.events.emitted > status.events.emitted, "{:?}", summary.events);
     assert_eq!(events.len() as u64, summary.events.emitted);
-    assert_eq!(summary.interface()?.skbs, left(before, after));
+    assert_eq!(summary.interface()?.skbs, after.left_since(&before));
     Ok(())
 }
 

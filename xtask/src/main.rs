@@ -1,7 +1,8 @@
-//! `cargo xtask`: sets up what is missing, builds, demonstrates, tests and lints vxcsum.
+//! `cargo xtask`: sets up what is missing, builds, demonstrates, tests, measures and lints vxcsum.
 //!
 //! Exit codes follow those of vxcsum itself: 0 all well, 1 a problem was found, 2 cannot run.
 
+mod bench;
 mod build;
 mod demo;
 mod lint;
@@ -66,6 +67,8 @@ enum Task {
     },
     /// Runs tests on other kernels, in virtual machines
     Vm(vm::Options),
+    /// Measures vxcsum against its limits and its peers, and plots it
+    Bench(bench::Options),
     /// Formatting, clippy for both sides, licences and sources of dependencies
     Lint,
 }
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Task::Demo { original_bug } => demo::run(original_bug).map(|()| true),
         Task::Test { vm, arguments } => test::run(&arguments, vm),
         Task::Vm(options) => vm::run(&options).map(|ran| ran.passed),
+        Task::Bench(options) => bench::run(&options),
         Task::Lint => lint::run(),
     };
     match all_well {

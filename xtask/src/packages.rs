@@ -1,6 +1,9 @@
 //! The tools that labs and tests call, and the distribution packages that hold them.
 
-use std::fmt::{self, Display, Formatter};
+use std::{
+    fmt::{self, Display, Formatter},
+    path::Path,
+};
 
 use anyhow::{Result, bail};
 
@@ -9,6 +12,7 @@ use crate::{process, root, setup::Goal};
 /// A program that something here calls.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Tool {
+    /// Its name, or the path of a file that is needed.
     binary: &'static str,
     pub(crate) debian: &'static str,
     fedora: &'static str,
@@ -16,8 +20,9 @@ pub(crate) struct Tool {
     goals: &'static [Goal],
 }
 
-const LAB: &[Goal] = &[Goal::Demo, Goal::Test, Goal::Vm];
+const LAB: &[Goal] = &[Goal::Demo, Goal::Test, Goal::Vm, Goal::Bench];
 const VM: &[Goal] = &[Goal::Vm];
+const BENCH: &[Goal] = &[Goal::Bench];
 
 /// Every tool, in the order in which it is named to the user.
 pub(crate) const TOOLS: &[Tool] = &[
@@ -82,7 +87,7 @@ pub(crate) const TOOLS: &[Tool] = &[
         debian: "tshark",
         fedora: "wireshark-cli",
         why: "adds up the checksums of captures as Wireshark does",
-        goals: &[Goal::Test],
+        goals: &[Goal::Test, Goal::Bench],
     },
     Tool {
         binary: "editcap",
@@ -147,6 +152,27 @@ pub(crate) const TOOLS: &[Tool] = &[
         why: "makes test programs small enough for a virtual machine",
         goals: VM,
     },
+    Tool {
+        binary: "iperf3",
+        debian: "iperf3",
+        fedora: "iperf3",
+        why: "sends as much as it can",
+        goals: BENCH,
+    },
+    Tool {
+        binary: "clang",
+        debian: "clang",
+        fedora: "clang",
+        why: "compiles the BPF program in C that ours is compared with",
+        goals: BENCH,
+    },
+    Tool {
+        binary: "/usr/include/bpf/bpf_helpers.h",
+        debian: "libbpf-dev",
+        fedora: "libbpf-devel",
+        why: "holds what BPF programs in C include",
+        goals: BENCH,
+    },
 ];
 
 /// The tools for these goals that are not installed.
@@ -154,8 +180,15 @@ pub(crate) fn missing_tools(goals: &[Goal]) -> Vec<&'static Tool> {
     TOOLS
         .iter()
         .filter(|tool| tool.goals.iter().any(|goal| goals.contains(goal)))
-        .filter(|tool| process::find(tool.binary).is_none())
+        .filter(|tool| !tool.is_there())
         .collect()
+}
+
+impl Tool {
+    fn is_there(&self) -> bool {
+        let path = Path::new(self.binary);
+        if path.is_absolute() { path.is_file() } else { process::find(self.binary).is_some() }
+    }
 }
 
 /// The tools for a goal by their names.

@@ -30,6 +30,8 @@ pub(crate) enum Goal {
     Test,
     /// Virtual machines with other kernels
     Vm,
+    /// Labs and peers for the benches
+    Bench,
     /// Linters
     Lint,
 }
