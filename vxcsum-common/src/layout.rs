@@ -114,7 +114,7 @@ impl Ports {
     /// Puts into the slot of port 0, where it is empty, a port that is never looked for there: so one
     /// comparison tells whether a port is watched.
     fn hide_port_0(&mut self) {
-        let elsewhere = (1..).find(|&port| self.slot(port) != self.slot(0));
+        let elsewhere = (1..=u16::MAX).find(|&port| self.slot(port) != self.slot(0));
         let slot = &mut self.slots[self.slot(0)];
         if let (0, Some(port)) = (slot.port, elsewhere) {
             slot.port = port;

@@ -9,6 +9,7 @@ use aya_ebpf::programs::TcContext;
 
 use crate::count::counters;
 use crate::maps::Known;
+use crate::quick::Stuck;
 use crate::skb::Skb;
 use crate::{quick, thorough};
 
@@ -25,8 +26,10 @@ fn vxcsum_egress(ctx: TcContext) -> i32 {
 fn examine(ctx: *mut __sk_buff) -> Option<()> {
     let known = Known::get()?;
     let counters = counters()?;
-    if quick::examine(Skb::new(ctx, known), known, counters).is_err() {
-        thorough::examine(ctx);
+    match quick::examine(Skb::new(ctx, known), known, counters) {
+        Ok(()) => {}
+        Err(Stuck::Anywhere) => _ = thorough::examine(ctx),
+        Err(Stuck::At(at)) => _ = thorough::judge(ctx, at.to_bits()),
     }
     Some(())
 }

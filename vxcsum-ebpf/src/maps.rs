@@ -83,7 +83,8 @@ impl Watch for Known {
     fn port(&self, port: u16) -> Option<Watched> {
         let at = core::ptr::from_ref(self.config().ports.slot_of(port)).cast_mut();
         // As one number, which it is for the compiler from here on: it would load byte by byte.
-        // SAFETY: a live value of eight bytes; the verifier decides about alignment.
+        #[expect(clippy::cast_ptr_alignment, reason = "the verifier decides about alignment")]
+        // SAFETY: a live value of eight bytes.
         let bits = unsafe { at.cast::<u64>().read_volatile() };
         let watched = Watched { port: bytemuck::cast(bits), at };
         (watched.port.port == port).then_some(watched)

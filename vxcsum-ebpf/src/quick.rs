@@ -19,17 +19,32 @@ const OUTER_LEN: usize = 14 + 20 + 8 + 8;
 /// The least that one has with an inner checksum: with Ethernet, IPv4 and UDP inside.
 const INNER_LEN: usize = OUTER_LEN + 14 + 20 + 8;
 
-/// Counts a packet, unless it takes more to know what to count it as.
+/// It takes more to know what to count a packet as.
+pub(crate) enum Stuck {
+    /// Not even whether it is VXLAN is known.
+    Anywhere,
+    /// It is VXLAN.
+    At(Location),
+}
+
+impl From<Cut> for Stuck {
+    #[inline(always)]
+    fn from(_: Cut) -> Self {
+        Self::Anywhere
+    }
+}
+
+/// Counts a packet.
 #[inline(always)]
-pub(crate) fn examine(skb: Skb, known: Known, counters: &mut Counters) -> Result<(), Cut> {
+pub(crate) fn examine(skb: Skb, known: Known, counters: &mut Counters) -> Result<(), Stuck> {
     if known.config().is_raw_ip != 0 {
-        return Err(Cut);
+        return Err(Stuck::Anywhere);
     }
     let packet = Plain::<OUTER_LEN>::of(skb)?;
     // One after the other, so that each is compiled for its own places.
     match outer::ethertype(&packet, 0)? {
         (outer::ETHERTYPE_IPV4, at) => ip(packet, known, outer::ETHERTYPE_IPV4, at, counters),
-        (outer::ETHERTYPE_IPV6, _) if !kernel::HAS_ROOM => Err(Cut),
+        (outer::ETHERTYPE_IPV6, _) if !kernel::HAS_ROOM => Err(Stuck::Anywhere),
         (outer::ETHERTYPE_IPV6, at) => ip(packet, known, outer::ETHERTYPE_IPV6, at, counters),
         _ => not_vxlan(counters),
     }
@@ -42,11 +57,13 @@ fn ip(
     ethertype: u16,
     at: usize,
     counters: &mut Counters,
-) -> Result<(), Cut> {
+) -> Result<(), Stuck> {
     match outer::locate_in(&packet, &known, ethertype, at) {
         Ok(None) => not_vxlan(counters),
-        Ok(Some((at, port))) => vxlan(packet, known, at, port, counters),
-        Err(_) => Err(Cut),
+        Ok(Some((at, port))) => {
+            vxlan(packet, known, at, port, counters).map_err(|Cut| Stuck::At(at))
+        }
+        Err(_) => Err(Stuck::Anywhere),
     }
 }
 
@@ -101,7 +118,7 @@ fn is_right(packet: Plain<OUTER_LEN>, outer: &Outer) -> Result<bool, Cut> {
 
 #[inline(always)]
 #[expect(clippy::unnecessary_wraps, reason = "what the functions above return")]
-fn not_vxlan(counters: &mut Counters) -> Result<(), Cut> {
+fn not_vxlan(counters: &mut Counters) -> Result<(), Stuck> {
     counters.not_vxlan += 1;
     Ok(())
 }
