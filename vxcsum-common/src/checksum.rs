@@ -77,7 +77,16 @@ impl Sum {
     /// Whether the sum is a ones' complement zero, of which there are two.
     #[inline(always)]
     pub const fn is_zero(self) -> bool {
-        matches!(self.fold_memory(), 0 | 0xffff)
+        // 2^16 is 1 modulo 0xffff, so folding changes nothing of the remainder. The compiler makes a
+        // multiplication of it, which is faster than folding.
+        self.0.is_multiple_of(0xffff)
+    }
+
+    /// Whether it folds to `word` (host byte order), without folding it. Not for [`Sum::ZERO`].
+    #[inline(always)]
+    pub const fn folds_to(self, word: u16) -> bool {
+        // A sum of any words but zeros folds to what is left modulo 0xffff, and to 0xffff for 0.
+        word != 0 && Self(self.0.wrapping_add((!word.to_be()) as u64)).is_zero()
     }
 
     #[inline(always)]
@@ -142,6 +151,17 @@ mod tests {
         let sum = Sum::of_u16(0x1234) + Sum::of_u16(0xfedc);
         assert_eq!(sum.minus(Sum::of_u16(0xfedc)).folded(), 0x1234);
         assert!(sum.minus(sum).is_zero());
+    }
+
+    #[test]
+    fn folding_need_not_be_done() {
+        for sum in [1, 0xfffe, 0xffff, 0x1_0000, 0x1_fffe, 0xffff_0001, u64::from(u32::MAX) * 40] {
+            let sum = Sum(sum);
+            for word in 0..=u16::MAX {
+                assert_eq!(sum.folds_to(word), sum.folded() == word, "{sum:?} {word}");
+            }
+            assert_eq!(sum.is_zero(), matches!(sum.folded(), 0 | 0xffff), "{sum:?}");
+        }
     }
 
     #[test]

@@ -22,29 +22,46 @@ pub struct Transport {
     pub check: u16,
     /// The sum of the inner pseudo-header.
     pub pseudo_header: Sum,
-    /// The sum of everything from the start of the inner frame up to the transport header.
-    pub before: Sum,
+    /// The IP header before it.
+    pub ip: Ip,
 }
 
 impl Transport {
     /// Whether the field holds the pseudo-header sum only: the NIC is to finish it
     /// (`CHECKSUM_PARTIAL`). One complete sum in 65 536 looks the same.
     #[inline(always)]
-    pub fn is_open(&self) -> bool {
-        self.check == self.pseudo_header.folded()
+    pub const fn is_open(&self) -> bool {
+        self.pseudo_header.folds_to(self.check)
+    }
+
+    /// The sum of everything from the start of the inner frame up to the transport header.
+    #[inline(always)]
+    pub fn before<P: Packet>(&self, packet: &P, outer: &Outer) -> Result<Sum, Cut> {
+        let ethernet = outer::ethernet(packet, outer.inner(), self.ip.offset)?;
+        Ok(ethernet + self.ip.header(packet)?)
     }
 }
 
 /// Parses the inner frame of `outer`.
 #[inline(always)]
 pub fn parse<P: Packet>(packet: &P, outer: &Outer) -> Result<Inner, Cut> {
+    let (ethertype, offset) = outer::ethertype(packet, outer.inner())?;
+    parse_in(packet, outer, ethertype, offset)
+}
+
+/// The same for an inner frame of this `EtherType`, whose network header is at `offset`.
+#[inline(always)]
+pub fn parse_in<P: Packet>(
+    packet: &P,
+    outer: &Outer,
+    ethertype: u16,
+    offset: usize,
+) -> Result<Inner, Cut> {
     const ARP: u16 = 0x0806;
     const ICMP: u8 = 1;
     const ICMPV6: u8 = 58;
 
     let without = |ip, is_opaque| Inner { ip, transport: None, is_opaque };
-    let frame = outer.inner();
-    let (ethertype, offset) = outer::ethertype(packet, frame)?;
     let Some(ip) = outer::ip(packet, ethertype, offset)? else {
         return Ok(without(None, ethertype != ARP));
     };
@@ -58,7 +75,7 @@ pub fn parse<P: Packet>(packet: &P, outer: &Outer) -> Result<Inner, Cut> {
         return Ok(without(Some(ip), false));
     }
     let end = outer.at.udp + outer.udp_len;
-    let is_within = check_offset + 2 <= ip.payload_len && ip.payload + ip.payload_len <= end;
+    let is_within = ip.payload + check_offset + 2 <= ip.end && ip.end <= end;
     if !ip.is_whole() || !is_within {
         // The pseudo-header of a source route is not the one that the sum was opened with; lengths
         // that contradict each other are nothing that a stack sends.
@@ -69,11 +86,8 @@ pub fn parse<P: Packet>(packet: &P, outer: &Outer) -> Result<Inner, Cut> {
         // No checksum, which is what tunnels like.
         return Ok(without(Some(ip), true));
     }
-    let transport = Transport {
-        check,
-        pseudo_header: ip.pseudo_header(packet, ip.payload_len)?,
-        before: outer::ethernet(packet, frame, offset)? + ip.header(packet)?,
-    };
+    let transport =
+        Transport { check, pseudo_header: ip.pseudo_header(packet, ip.end - ip.payload)?, ip };
     Ok(Inner { ip: Some(ip), transport: Some(transport), is_opaque: false })
 }
 

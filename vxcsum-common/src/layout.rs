@@ -106,8 +106,19 @@ impl Ports {
                 }
                 *slot = *port;
             }
+            table.hide_port_0();
             Some(table)
         })
+    }
+
+    /// Puts into the slot of port 0, where it is empty, a port that is never looked for there: so one
+    /// comparison tells whether a port is watched.
+    fn hide_port_0(&mut self) {
+        let elsewhere = (1..=u16::MAX).find(|&port| self.slot(port) != self.slot(0));
+        let slot = &mut self.slots[self.slot(0)];
+        if let (0, Some(port)) = (slot.port, elsewhere) {
+            slot.port = port;
+        }
     }
 
     /// Takes over what `before` has learned about the same ports.
@@ -135,11 +146,16 @@ impl Ports {
         ((port as u32).wrapping_mul(self.seed) >> (u32::BITS - SLOT_BITS)) as usize
     }
 
-    /// What is held of a port, if it is watched.
+    /// The only place where a port can be.
     #[inline(always)]
+    pub const fn slot_of(&self, port: u16) -> &Port {
+        &self.slots[self.slot(port)]
+    }
+
+    /// What is held of a port, if it is watched.
     pub const fn get(&self, port: u16) -> Option<&Port> {
-        let slot = &self.slots[self.slot(port)];
-        if slot.port == port && port != 0 { Some(slot) } else { None }
+        let slot = self.slot_of(port);
+        if slot.port == port { Some(slot) } else { None }
     }
 }
 
@@ -147,7 +163,7 @@ impl Ports {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Port {
-    /// UDP destination port; 0 in a slot without a port.
+    /// UDP destination port; one of another slot, or 0, in a slot without a port.
     pub port: u16,
     /// A [`Policy`] for IPv4, where it is the same for all VNIs of the port.
     pub policy_ipv4: u8,
@@ -525,6 +541,19 @@ mod tests {
         assert_eq!(counters.reported(Report::Lost).skbs, 4);
         assert_eq!(counters.of(Verdict::MangledZero).skbs, 3);
         assert_eq!(counters.of(Verdict::Bad).skbs, 5);
+    }
+
+    #[test]
+    fn only_what_is_given_is_watched() {
+        let given = [8472, 4789, 1, 65535].map(port);
+        for count in 0..=given.len() {
+            let given = &given[..count];
+            let ports = Ports::new(given).unwrap();
+            for port in 0..=u16::MAX {
+                let is_given = given.iter().any(|given| given.port == port);
+                assert_eq!(ports.get(port).is_some(), is_given, "{port} of the first {count}");
+            }
+        }
     }
 
     #[test]

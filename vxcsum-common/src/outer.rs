@@ -11,8 +11,10 @@ pub const UDP_LEN: usize = 8;
 /// Length of a VXLAN header in bytes (RFC 7348 §5).
 pub const VXLAN_LEN: usize = 8;
 
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
+/// `ETH_P_IP`.
+pub const ETHERTYPE_IPV4: u16 = 0x0800;
+/// `ETH_P_IPV6`.
+pub const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERNET_LEN: usize = 14;
 const VLAN_LEN: usize = 4;
 /// Tags that are looked through, in the frame; one more may be held beside it by the skb.
@@ -24,6 +26,8 @@ const MAX_EXTENSION_HEADERS: usize = 6;
 const MAX_EXTENSIONS_LEN: usize = 1024;
 const IPV4_LEN: usize = 20;
 const IPV6_LEN: usize = 40;
+/// First byte of an IPv4 header without options.
+const PLAIN_IPV4: u8 = 0x45;
 
 /// An IP header and where it leads.
 #[derive(Clone, Copy, Debug)]
@@ -36,8 +40,9 @@ pub struct Ip {
     pub protocol: u8,
     /// Offset of the payload in bytes, past options and extension headers.
     pub payload: usize,
-    /// Length of the payload in bytes, as the header has it; 0 where it contradicts itself.
-    pub payload_len: usize,
+    /// Offset in bytes of what follows the payload, by the header's length field; less than that of
+    /// the payload where the header contradicts itself.
+    pub end: usize,
     /// Where the payload stands in its datagram, in units of 8 bytes.
     pub fragment_offset: u16,
     /// Not zero where more of the datagram follows.
@@ -207,6 +212,9 @@ pub fn ethertype<P: Packet>(packet: &P, offset: usize) -> Result<(u16, usize), C
         if !matches!(ethertype, 0x8100 | 0x88a8 | 0x9100) {
             break;
         }
+        if P::IS_PLAIN {
+            return Err(Cut);
+        }
         ethertype = packet.header::<VLAN_LEN>(next)?.be16::<2>();
         next = packet.forget(next + VLAN_LEN);
     }
@@ -236,7 +244,11 @@ pub fn ip<P: Packet>(packet: &P, ethertype: u16, offset: usize) -> Result<Option
 #[inline(always)]
 fn ipv4<P: Packet>(packet: &P, offset: usize) -> Result<Option<Ip>, Cut> {
     let header = packet.header::<IPV4_LEN>(offset)?;
-    let version_and_len = header.u8::<0>();
+    let version_and_len = match header.u8::<0>() {
+        PLAIN_IPV4 => PLAIN_IPV4,
+        _ if P::IS_PLAIN => return Err(Cut),
+        other => other,
+    };
     let header_len = usize::from(version_and_len & 0x0f) * 4;
     if version_and_len >> 4 != 4 || header_len < IPV4_LEN {
         return Ok(None);
@@ -247,9 +259,9 @@ fn ipv4<P: Packet>(packet: &P, offset: usize) -> Result<Option<Ip>, Cut> {
         is_ipv6: false,
         protocol: header.u8::<9>(),
         payload: offset + header_len,
-        payload_len: match header.be16::<2>() {
-            0 if packet.may_lack_length() => packet.len().saturating_sub(offset + header_len),
-            total_len => usize::from(total_len).saturating_sub(header_len),
+        end: match header.be16::<2>() {
+            0 if packet.may_lack_length() => packet.len(),
+            total_len => offset + usize::from(total_len),
         },
         fragment_offset: flags_and_offset & 0x1fff,
         more_fragments: flags_and_offset & 0x2000,
@@ -265,6 +277,7 @@ fn ipv6<P: Packet>(packet: &P, offset: usize) -> Result<Option<Ip>, Cut> {
     }
     let extensions = match header.u8::<6>() {
         protocol @ (TCP | UDP) => Extensions::none(protocol),
+        _ if P::IS_PLAIN => return Err(Cut),
         protocol => packet.extension_headers(protocol, offset + IPV6_LEN)?,
     };
     Ok(Some(Ip {
@@ -272,11 +285,9 @@ fn ipv6<P: Packet>(packet: &P, offset: usize) -> Result<Option<Ip>, Cut> {
         is_ipv6: true,
         protocol: extensions.protocol,
         payload: offset + IPV6_LEN + extensions.len,
-        payload_len: match header.be16::<4>() {
-            0 if packet.may_lack_length() => {
-                packet.len().saturating_sub(offset + IPV6_LEN + extensions.len)
-            }
-            len => usize::from(len).saturating_sub(extensions.len),
+        end: match header.be16::<4>() {
+            0 if packet.may_lack_length() => packet.len(),
+            len => offset + IPV6_LEN + usize::from(len),
         },
         fragment_offset: extensions.fragment_offset,
         more_fragments: extensions.more_fragments,
@@ -397,6 +408,17 @@ pub fn locate<P: Packet, W: Watch>(
         let (ethertype, next) = ethertype(packet, 0).map_err(Beyond::outer)?;
         (ethertype, next)
     };
+    locate_in(packet, watch, ethertype, offset)
+}
+
+/// The same for a packet of this `EtherType`, whose network header is at `offset`.
+#[inline(always)]
+pub fn locate_in<P: Packet, W: Watch>(
+    packet: &P,
+    watch: &W,
+    ethertype: u16,
+    offset: usize,
+) -> Result<Option<(Location, W::Port)>, Beyond> {
     let Some(ip) = ip(packet, ethertype, offset).map_err(Beyond::outer)? else {
         return Ok(None);
     };
@@ -415,7 +437,7 @@ pub fn locate<P: Packet, W: Watch>(
     let udp_len = udp_len(packet, ip.payload, udp.be16::<4>());
     let is_whole = ip.is_whole()
         && udp_len >= UDP_LEN + VXLAN_LEN
-        && udp_len <= ip.payload_len
+        && ip.payload + udp_len <= ip.end
         && ip.payload + udp_len <= packet.len();
     let at = Location { ip: ip.offset, udp: ip.payload, is_ipv6: ip.is_ipv6, is_whole };
     Ok(Some((at, port)))

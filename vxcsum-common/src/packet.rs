@@ -52,6 +52,11 @@ pub enum Offload {
 /// Offsets and lengths are in bytes from the start of the link header, or of the IP header where
 /// [`Packet::is_raw_ip`] says that there is no link header.
 pub trait Packet {
+    /// Whether optional headers count as out of reach ([`Cut`]): VLAN tags, IP options, extension
+    /// headers. All others are where they always are then, which the compiler makes use of; most
+    /// packets have no others.
+    const IS_PLAIN: bool = false;
+
     /// Length of the whole packet, whether or not all of it can be read.
     fn len(&self) -> usize;
 

@@ -261,7 +261,7 @@ pub fn by_outer<P: Packet>(packet: &P, outer: &Outer) -> Option<Answer> {
         AnswerKind::Unknown
     } else if outer.check == 0 {
         AnswerKind::Zero
-    } else if outer.check == outer.pseudo_header.folded() {
+    } else if outer.pseudo_header.folds_to(outer.check) {
         AnswerKind::Pending
     } else if packet.is_gso() {
         // Segments either inherit the field as it is, or are finished from a pseudo-header sum
@@ -272,11 +272,33 @@ pub fn by_outer<P: Packet>(packet: &P, outer: &Outer) -> Option<Answer> {
     }))
 }
 
+/// Whether the field is right by the headers alone, because the inner checksum is open: the answer
+/// for most packets of a summing device, where the inner frame is of this `EtherType` and its network
+/// header is at `offset`.
+#[inline(always)]
+pub fn is_right_by_lco<P: Packet>(
+    packet: &P,
+    outer: &Outer,
+    ethertype: u16,
+    offset: usize,
+) -> Result<bool, Cut> {
+    let inner = inner::parse_in(packet, outer, ethertype, offset)?;
+    let Some(transport) = inner.transport.filter(Transport::is_open) else { return Ok(false) };
+    // What is open sums up to the complement of what its field holds.
+    let open = Sum::of_u16(!transport.check);
+    let check = Sum::of_u16(outer.check);
+    let before = outer.pseudo_header + outer.headers + transport.before(packet, outer)?;
+    Ok((before + open + check).is_zero())
+}
+
 /// What the inner headers tell, and what the offload state or all bytes do where they do not.
 #[inline(always)]
 pub fn by_inner<P: Packet>(packet: &P, outer: &Outer, policy: Policy) -> Result<Answer, Cut> {
     let inner = inner::parse(packet, outer)?;
-    let lco = inner.transport.map_or(0, |transport| lco(outer, &transport));
+    let lco = match &inner.transport {
+        Some(transport) => lco(packet, outer, transport)?,
+        None => 0,
+    };
     let is_open = inner.transport.is_some_and(|transport| transport.is_open());
     if is_open && lco == outer.check {
         return Ok(Answer::of(AnswerKind::Right));
@@ -311,10 +333,14 @@ pub fn by_inner<P: Packet>(packet: &P, outer: &Outer, policy: Policy) -> Result<
 /// What the headers of a received packet tell whose payload is out of reach: the inner checksum is
 /// filled in by now, and taken to be right.
 pub fn by_headers<P: Packet>(packet: &P, outer: &Outer) -> Result<Answer, Cut> {
-    Ok(match inner::parse(packet, outer)?.transport.map(|transport| lco(outer, &transport)) {
-        None => Answer::of(AnswerKind::Unknown),
-        Some(expected) if expected == outer.check => Answer::of(AnswerKind::Right),
-        Some(expected) => Answer { kind: AnswerKind::LikelyWrong, expected },
+    let Some(transport) = inner::parse(packet, outer)?.transport else {
+        return Ok(Answer::of(AnswerKind::Unknown));
+    };
+    let expected = lco(packet, outer, &transport)?;
+    Ok(if expected == outer.check {
+        Answer::of(AnswerKind::Right)
+    } else {
+        Answer { kind: AnswerKind::LikelyWrong, expected }
     })
 }
 
@@ -345,10 +371,9 @@ fn by_open_sum<P: Packet>(packet: &P, outer: &Outer, start: usize, field: usize)
 /// header, plus the complement of the inner pseudo-header sum, which is what the transport segment
 /// will sum up to once its own checksum is right.
 #[inline(always)]
-fn lco(outer: &Outer, transport: &Transport) -> u16 {
-    (outer.pseudo_header + outer.headers + transport.before)
-        .minus(transport.pseudo_header)
-        .checksum()
+fn lco<P: Packet>(packet: &P, outer: &Outer, transport: &Transport) -> Result<u16, Cut> {
+    let before = outer.pseudo_header + outer.headers + transport.before(packet, outer)?;
+    Ok(before.minus(transport.pseudo_header).checksum())
 }
 
 /// The verdict that follows from an answer, and for a wrong field its cause.

@@ -11,6 +11,7 @@
 )]
 
 mod broken;
+mod count;
 mod egress;
 mod follow;
 #[path = "kernel/legacy.rs"]
@@ -19,4 +20,6 @@ mod limit;
 mod maps;
 mod object;
 mod opaque;
+mod quick;
 mod skb;
+mod thorough;

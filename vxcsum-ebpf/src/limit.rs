@@ -14,7 +14,8 @@ static PAID_UNTIL: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 static FLOWS: LruHashMap<u64, u8> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
 
-/// Whether an event may be sent, of the inner flow of this number. The first one of an inner flow may still be when repeats may not.
+/// Whether an event may be sent, of the inner flow of this number. The first one of an inner flow may
+/// still be when repeats may not.
 ///
 /// CPUs race for the map value. Two that read the same one pay once for two events, so the limit is
 /// exceeded by as many as there are CPUs at the most, and only at the same instant.
@@ -25,14 +26,17 @@ pub(crate) fn allows(config: &Config, flow: impl FnOnce() -> u64) -> bool {
         return true;
     }
     let Some(paid_until) = PAID_UNTIL.get_ptr_mut(0) else { return true };
-    let flow = flow();
-    let is_repeat = FLOWS.get_ptr(flow).is_some();
     // SAFETY: the helper only reads a clock.
     let now = unsafe { bpf_ktime_get_ns() };
     // SAFETY: a map value lives as long as the program.
-    let Some(paid) = pay(unsafe { *paid_until }, now, cost, BURST_NS, is_repeat) else {
+    let pay = |is_repeat| pay(unsafe { *paid_until }, now, cost, BURST_NS, is_repeat);
+    // In a storm, not even something new may be sent, and nobody needs to know what it is.
+    let Some(paid) = pay(false) else { return false };
+    let flow = flow();
+    let is_repeat = FLOWS.get_ptr(flow).is_some();
+    if is_repeat && pay(true).is_none() {
         return false;
-    };
+    }
     // SAFETY: as above.
     unsafe { *paid_until = paid };
     if !is_repeat {

@@ -8,6 +8,7 @@
 )]
 
 mod broken;
+mod count;
 mod egress;
 mod follow;
 #[path = "kernel/current.rs"]
@@ -16,4 +17,6 @@ mod limit;
 mod maps;
 mod object;
 mod opaque;
+mod quick;
 mod skb;
+mod thorough;

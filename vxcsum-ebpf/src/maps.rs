@@ -2,16 +2,12 @@
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::maps::{HashMap, PerCpuArray};
 use vxcsum_common::layout::{ANY_VNI, Config, Counters, DeviceKey, MAX_FOLLOWED, Port};
 use vxcsum_common::verdict::Watch;
-use vxcsum_common::{Device, Policy};
+use vxcsum_common::{Device, Policy, Verdict};
 
-use crate::kernel::Oblivion;
-
-/// What the program works by; one value.
-#[map]
-pub(crate) static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+use crate::kernel::{self, Oblivion};
 
 /// What it has counted; one value a CPU.
 #[map]
@@ -37,7 +33,7 @@ pub(crate) struct Known {
 impl Known {
     #[inline(always)]
     pub(crate) fn get() -> Option<Self> {
-        Some(Self { config: CONFIG.get_ptr_mut(0)?, oblivion: Oblivion::get()? })
+        Some(Self { config: kernel::config()?, oblivion: Oblivion::get()? })
     }
 
     #[inline(always)]
@@ -49,18 +45,53 @@ impl Known {
     }
 }
 
+/// A watched port: what is known of it, and where that is kept.
+#[derive(Clone, Copy)]
+pub(crate) struct Watched {
+    pub(crate) port: Port,
+    at: *mut Port,
+}
+
+impl Watched {
+    /// Remembers what a sender of unknown policy sends.
+    #[inline(always)]
+    pub(crate) fn learn(self, verdict: Verdict, is_ipv6: bool) {
+        let (policy, seen) = if is_ipv6 {
+            (self.port.policy_ipv6, self.port.seen_ipv6)
+        } else {
+            (self.port.policy_ipv4, self.port.seen_ipv4)
+        };
+        let lesson = Port::lesson(verdict);
+        if policy != Policy::Unknown as u8 || seen & lesson == lesson {
+            return;
+        }
+        // SAFETY: it points into the configuration, which lives as long as the program. CPUs race for
+        // it: each sets bits that are never taken back, so the next packet mends what is lost.
+        let port = unsafe { &mut *self.at };
+        if is_ipv6 {
+            port.seen_ipv6 |= lesson;
+        } else {
+            port.seen_ipv4 |= lesson;
+        }
+    }
+}
+
 impl Watch for Known {
-    type Port = *mut Port;
+    type Port = Watched;
 
     #[inline(always)]
-    fn port(&self, port: u16) -> Option<*mut Port> {
-        self.config().ports.get(port).map(|port| core::ptr::from_ref(port).cast_mut())
+    fn port(&self, port: u16) -> Option<Watched> {
+        let at = core::ptr::from_ref(self.config().ports.slot_of(port)).cast_mut();
+        // As one number, which it is for the compiler from here on: it would load byte by byte.
+        #[expect(clippy::cast_ptr_alignment, reason = "the verifier decides about alignment")]
+        // SAFETY: a live value of eight bytes.
+        let bits = unsafe { at.cast::<u64>().read_volatile() };
+        let watched = Watched { port: bytemuck::cast(bits), at };
+        (watched.port.port == port).then_some(watched)
     }
 
     #[inline(always)]
-    fn policy(&self, port: *mut Port, vni: u32, is_ipv6: bool) -> Policy {
-        // SAFETY: as in `learn`.
-        let port = unsafe { &*port };
+    fn policy(&self, Watched { port, .. }: Watched, vni: u32, is_ipv6: bool) -> Policy {
         if port.by_vni == 0 {
             return port.policy(is_ipv6);
         }

@@ -55,19 +55,18 @@ impl Skb {
         unsafe { &*self.ctx }
     }
 
-    /// Whether a part of the packet lies outside of what can be read directly.
+    /// Moves all headers into the linear part, if they may not be there. Every [`Skb`] of the packet
+    /// is stale then. Whether anything was moved.
     #[inline(always)]
-    pub(crate) fn is_partly_linear(&self) -> bool {
-        self.data_end.wrapping_sub(self.data) < self.len()
-    }
-
-    /// The same packet with all its headers moved into the linear part.
-    #[inline(always)]
-    pub(crate) fn with_linear_headers(self, known: Known) -> Self {
+    pub(crate) fn make_linear(ctx: *mut __sk_buff) -> bool {
+        // SAFETY: the kernel hands it to the program for the time that it runs.
+        let (data, data_end, len) = unsafe { ((*ctx).data, (*ctx).data_end, (*ctx).len) };
+        if data_end.wrapping_sub(data) >= len {
+            return false;
+        }
         // Fails without memory; the packet then stays as it is and counts as cut short.
-        // SAFETY: no reference into the packet is held: the caller goes on with the result.
-        let _ = unsafe { bpf_skb_pull_data(self.ctx, self.raw().len.min(SNAPSHOT_LEN as u32)) };
-        Self::new(self.ctx, known)
+        // SAFETY: no reference into the packet is held: the caller looks anew.
+        unsafe { bpf_skb_pull_data(ctx, len.min(SNAPSHOT_LEN as u32)) == 0 }
     }
 
     /// How many packets the skb is on the wire, as far as that is known: at least one.
@@ -175,6 +174,65 @@ impl Packet for Skb {
     #[inline(always)]
     fn arithmetic_proves_nat(&self) -> bool {
         self.mark() & MASQUERADE_MARK != 0
+    }
+}
+
+/// The same as long as it has no optional headers, and at least `N` bytes in reach.
+#[derive(Clone, Copy)]
+pub(crate) struct Plain<const N: usize> {
+    pub(crate) skb: Skb,
+}
+
+impl<const N: usize> Plain<N> {
+    #[inline(always)]
+    pub(crate) fn of(skb: Skb) -> Result<Self, Cut> {
+        if skb.data + N > skb.data_end { Err(Cut) } else { Ok(Self { skb }) }
+    }
+}
+
+impl<const N: usize> Packet for Plain<N> {
+    const IS_PLAIN: bool = true;
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.skb.len()
+    }
+
+    #[inline(always)]
+    fn header<const M: usize>(&self, offset: usize) -> Result<Header<'_, M>, Cut> {
+        let start = self.skb.data + offset;
+        // SAFETY: a packet does not lie at address 0.
+        unsafe { core::hint::assert_unchecked(start != 0) };
+        if offset + M > N && start + M > self.skb.data_end {
+            return Err(Cut);
+        }
+        // SAFETY: within the linear part of the packet, as just compared; the verifier checks it.
+        Ok(Header::new(unsafe { &*(start as *const [u8; M]) }))
+    }
+
+    #[inline(always)]
+    fn sum(&self, _: usize, _: usize) -> Option<Sum> {
+        None
+    }
+
+    #[inline(always)]
+    fn is_gso(&self) -> bool {
+        self.skb.is_gso()
+    }
+
+    #[inline(always)]
+    fn offload(&self) -> Offload {
+        Offload::Unknown
+    }
+
+    #[inline(always)]
+    fn flow_hash(&self) -> u32 {
+        self.skb.flow_hash()
+    }
+
+    #[inline(always)]
+    fn arithmetic_proves_nat(&self) -> bool {
+        self.skb.arithmetic_proves_nat()
     }
 }
 

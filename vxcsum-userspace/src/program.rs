@@ -164,13 +164,18 @@ impl Program {
             Transport::Perf => loader.load(LEGACY_OBJECT),
         };
         let mut ebpf = outcome.map_err(LoadError::of_object)?;
+        // Global data, which kernels with the other object do not have.
+        let config_name = match options.transport {
+            Transport::Ring => ".data.config",
+            Transport::Perf => "CONFIG",
+        };
         let followed = Followed {
             flows: take_map(&mut ebpf, "FOLLOWED", HashMap::try_from)?,
             open: HashSet::new(),
-            config: Array::try_from(second_handle(&ebpf, "CONFIG")?)
+            config: Array::try_from(second_handle(&ebpf, config_name)?)
                 .map_err(|source| LoadError::Map { name: "CONFIG", source })?,
         };
-        let config = take_map(&mut ebpf, "CONFIG", Array::try_from)?;
+        let config = take_map(&mut ebpf, config_name, Array::try_from)?;
         let counters = take_map(&mut ebpf, "COUNTERS", PerCpuArray::try_from)?;
         let devices = take_map(&mut ebpf, "DEVICES", HashMap::try_from)?;
         let events = match options.transport {

@@ -94,7 +94,7 @@ impl Traced {
             return None;
         }
         let header = packet.bytes.get(ip.payload..)?.first_chunk::<UDP_LEN>()?;
-        let end = packet.bytes.len().min(ip.payload + ip.payload_len);
+        let end = packet.bytes.len().min(ip.end);
         let payload = packet.bytes.get(ip.payload + UDP_LEN..end)?;
         let is_dns = u16::from_be_bytes([header[2], header[3]]) == dns::PORT;
         let question = is_dns.then(|| Question::read(payload)).flatten();

@@ -1,5 +1,6 @@
 //! What a kernel with the ring buffer offers.
 
+use core::mem::MaybeUninit;
 use core::ptr::{self, addr_of};
 
 use aya_ebpf::bindings::__sk_buff;
@@ -31,6 +32,18 @@ static SKB_LAYOUT: SkbLayout = SkbLayout {
     data: 0,
     is_known: 0,
 };
+
+/// What the program works by: global data, which is there without being looked up.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".data.config")]
+static mut CONFIG: MaybeUninit<Config> = MaybeUninit::zeroed();
+
+/// Never `None`.
+#[inline(always)]
+#[expect(clippy::unnecessary_wraps, reason = "as on old kernels")]
+pub(crate) const fn config() -> Option<*mut Config> {
+    Some((&raw mut CONFIG).cast())
+}
 
 /// A constant that only the loader knows.
 macro_rules! skb_layout {
@@ -69,6 +82,9 @@ impl Oblivion {
 
 /// The verifier knows of a number that comes back from the stack what it knew before.
 pub(crate) const KNOWS_SPILLED_NUMBERS: bool = true;
+
+/// There is room for a short way over IPv6.
+pub(crate) const HAS_ROOM: bool = true;
 
 /// An event on its way to user space: room in the ring buffer, which must be sent.
 pub(crate) struct Draft(RingBufEntry<Event>);

@@ -5,7 +5,7 @@ use core::ptr;
 use aya_ebpf::bindings::{__sk_buff, BPF_F_CURRENT_CPU};
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_perf_event_output};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{PerCpuArray, PerfEventArray};
+use aya_ebpf::maps::{Array, PerCpuArray, PerfEventArray};
 use vxcsum_common::layout::{Config, Event};
 use vxcsum_common::{Finding, Offload};
 
@@ -16,6 +16,16 @@ static EVENTS: PerfEventArray<Event> = PerfEventArray::new(0);
 /// Where an event is put together, because it is too long for the stack.
 #[map]
 static DRAFT: PerCpuArray<Event> = PerCpuArray::with_max_entries(1, 0);
+
+/// What the program works by; one value.
+#[map]
+static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+/// Never `None`, because the map always exists.
+#[inline(always)]
+pub(crate) fn config() -> Option<*mut Config> {
+    CONFIG.get_ptr_mut(0)
+}
 
 /// Makes the verifier forget what it knows of a number.
 ///
@@ -56,6 +66,9 @@ impl Oblivion {
 
 /// Verifiers before 5.3 know nothing of a number that comes back from the stack.
 pub(crate) const KNOWS_SPILLED_NUMBERS: bool = false;
+
+/// Kernels before 5.2 take no more than 4096 instructions: IPv6 goes the long way.
+pub(crate) const HAS_ROOM: bool = false;
 
 /// An event on its way to user space.
 pub(crate) struct Draft(*mut Event);
