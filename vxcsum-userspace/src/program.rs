@@ -2,8 +2,11 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::num::NonZero;
 use std::os::fd::AsFd as _;
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex};
+use std::thread;
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerfEventArray, RingBuf};
 use aya::programs::{ProgramError, SchedClassifier};
@@ -149,21 +152,48 @@ pub struct Program {
     followed: Arc<Mutex<Followed>>,
 }
 
+/// A program in the kernel, and the buffers of its events.
+pub type Loaded = (Program, Vec<Buffer>);
+
 impl Program {
     /// Loads the program into the kernel. Returns it with the buffers of its events.
-    pub fn load(options: &LoadOptions) -> Result<(Self, Vec<Buffer>), LoadError> {
+    pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
+        let mut loaded = Self::load_all(options, 1)?;
+        loaded.pop().ok_or(LoadError::Missing("program vxcsum_egress"))
+    }
+
+    /// Loads so many of the same, each with maps of its own.
+    ///
+    /// Nearly all the time is spent in two places, and only there: aya reads the types of the whole
+    /// kernel, which is done once for all; and the kernel verifies each program, as many at a time as
+    /// there are processors.
+    pub fn load_all(options: &LoadOptions, count: usize) -> Result<Vec<Loaded>, LoadError> {
         let layout = options.skb_layout.unwrap_or_default();
         let log_level = if options.debug_log { aya_log::Level::Debug as u8 } else { 0 };
         let mut loader = EbpfLoader::new();
-        let outcome = match options.transport {
-            Transport::Ring => loader
-                .override_global("SKB_LAYOUT", bytemuck::bytes_of(&layout), true)
-                .override_global(aya_log::LEVEL, &log_level, true)
-                .map_max_entries("EVENTS", options.ring_len)
-                .load(OBJECT),
-            Transport::Perf => loader.load(LEGACY_OBJECT),
+        let object = match options.transport {
+            Transport::Ring => {
+                loader
+                    .override_global("SKB_LAYOUT", bytemuck::bytes_of(&layout), true)
+                    .override_global(aya_log::LEVEL, &log_level, true)
+                    .map_max_entries("EVENTS", options.ring_len);
+                OBJECT
+            }
+            Transport::Perf => LEGACY_OBJECT,
         };
-        let mut ebpf = outcome.map_err(LoadError::of_object)?;
+        let mut open = || {
+            let ebpf = loader.load(object).map_err(LoadError::of_object)?;
+            Self::open(ebpf, options)
+        };
+        let mut programs = (0..count).map(|_| open()).collect::<Result<Vec<_>, _>>()?;
+        // Before the verifier takes its share of memory.
+        drop(loader);
+        verify(&mut programs)?;
+        Ok(programs)
+    }
+
+    /// Takes the maps out of an object. The program is not in the kernel yet.
+    fn open(mut ebpf: Ebpf, options: &LoadOptions) -> Result<Loaded, LoadError> {
         // Global data, which kernels with the other object do not have.
         let config_name = match options.transport {
             Transport::Ring => ".data.config",
@@ -188,9 +218,7 @@ impl Program {
             }
         };
         let followed = Arc::new(Mutex::new(followed));
-        let mut program = Self { ebpf, config, counters, devices, followed };
-        program.classifier()?.load().map_err(|error| LoadError::of_program(&error))?;
-        Ok((program, events))
+        Ok((Self { ebpf, config, counters, devices, followed }, events))
     }
 
     /// The TC program itself.
@@ -246,6 +274,23 @@ impl Program {
             .map_err(|source| LoadError::Map { name: "COUNTERS", source })?;
         Ok(per_cpu.iter().fold(Counters::default(), |sum, Wire(cpu)| sum.plus(cpu)))
     }
+}
+
+/// Has the kernel take the programs, several at a time.
+fn verify(loaded: &mut [Loaded]) -> Result<(), LoadError> {
+    let load = |(program, _): &mut Loaded| {
+        program.classifier()?.load().map_err(|error| LoadError::of_program(&error))
+    };
+    let processors = thread::available_parallelism().map_or(1, NonZero::get);
+    let share = loaded.len().div_ceil(processors).max(1);
+    thread::scope(|scope| {
+        let shares = loaded.chunks_mut(share);
+        let threads: Vec<_> =
+            shares.map(|share| scope.spawn(move || share.iter_mut().try_for_each(load))).collect();
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })
 }
 
 pub(crate) fn take_map<T>(

@@ -20,7 +20,7 @@ use crate::event::{Event, Source};
 use crate::kernel::Kernel;
 use crate::links::{Link, Links, local_port_range};
 use crate::plan::{Plan, Wish};
-use crate::program::{LoadOptions, Program};
+use crate::program::{LoadOptions, Loaded, Program};
 use crate::receive::{self, Receive};
 use crate::stalls::Follower;
 use crate::transport::{Buffer, Taken, Transport};
@@ -142,10 +142,12 @@ impl Supervisor {
             }
         }
         let wanted = self.wanted(&links);
-        for &index in &wanted {
-            if let Some(link) = links.by_index(index) {
-                self.watch(link, &links)?;
-            }
+        let to_watch: Vec<_> = wanted.iter().filter_map(|&it| links.by_index(it)).collect();
+        let claims = to_watch.iter().map(|link| Claim::new(&link.name, link.index));
+        let claims = claims.collect::<Result<Vec<_>, _>>()?;
+        let loaded = Program::load_all(&self.load_options(), to_watch.len())?;
+        for ((link, claim), loaded) in to_watch.into_iter().zip(claims).zip(loaded) {
+            self.watch_with(loaded, claim, link, &links)?;
         }
         if wanted.is_empty() {
             self.complain(&nothing_to_watch(&links));
@@ -226,17 +228,30 @@ impl Supervisor {
         Ok(plan)
     }
 
-    /// Loads, configures and attaches the program of one interface.
-    fn watch(&mut self, link: &Link, links: &Links) -> Result<()> {
-        let claim = Claim::new(&link.name, link.index)?;
-        let transport = self.kernel.transport;
-        let debug_log = self.options.bpf_log && transport == Transport::Ring;
-        let (mut program, events) = Program::load(&LoadOptions {
-            transport,
+    fn load_options(&self) -> LoadOptions {
+        LoadOptions {
+            transport: self.kernel.transport,
             skb_layout: self.kernel.skb_layout,
             ring_len: self.options.ring_len,
-            debug_log,
-        })?;
+            debug_log: self.options.bpf_log && self.kernel.transport == Transport::Ring,
+        }
+    }
+
+    /// Starts to watch one interface.
+    fn watch(&mut self, link: &Link, links: &Links) -> Result<()> {
+        let claim = Claim::new(&link.name, link.index)?;
+        let loaded = Program::load(&self.load_options())?;
+        self.watch_with(loaded, claim, link, links)
+    }
+
+    /// Configures and attaches the program of one interface.
+    fn watch_with(
+        &mut self,
+        (mut program, events): Loaded,
+        claim: Claim,
+        link: &Link,
+        links: &Links,
+    ) -> Result<()> {
         let plan = self.plan(link, links)?;
         for (key, device) in plan.devices() {
             program.set_device(key, device)?;
@@ -247,7 +262,7 @@ impl Supervisor {
         let register = |buffer| unsafe { AsyncFd::register(buffer) }.map_err(io::Error::from);
         let events: io::Result<Vec<_>> = events.into_iter().map(register).collect();
         let events = events.context("cannot wait for events")?;
-        if debug_log {
+        if self.load_options().debug_log {
             let log = EbpfLogger::init_with_logger(program.ebpf(), StderrLog)
                 .context("cannot read the debug log of the BPF program")?;
             // SAFETY: as above.
