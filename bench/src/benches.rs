@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use vxcsum_tests::daemon;
 
 use crate::check;
@@ -71,6 +71,13 @@ pub(crate) fn run(
     let start = Instant::now();
     let Findings { panels, notes } =
         (bench.measure)(effort).with_context(|| format!("the bench {}", bench.name))?;
+    for panel in &panels {
+        for series in &panel.series {
+            let ratios = series.ratio.iter().flat_map(|ratio| &ratio.samples);
+            let is_measured = series.samples.iter().chain(ratios).all(|value| value.is_finite());
+            ensure!(is_measured, "{}: nothing was measured of {}", panel.title, series.name);
+        }
+    }
     Ok(Report {
         bench: bench.name.to_owned(),
         title: bench.title.to_owned(),

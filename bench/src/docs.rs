@@ -125,7 +125,7 @@ fn quoted_row(panel: &Panel, series: &Series) -> Option<String> {
     let name = series.quote.as_ref()?;
     let value = format!("{} {}", number(series.median), panel.unit);
     let value = match &series.ratio {
-        Some(ratio) => format!("{} of {} ({value})", number(ratio.median), ratio.to),
+        Some(ratio) => format!("{} × {} ({value})", number(ratio.median), ratio.to),
         None => value,
     };
     let reach = series.reach.map(reach_cell).unwrap_or_default();
@@ -159,6 +159,6 @@ mod tests {
         let panel = Panel::new("TCP", "Gbit/s");
         assert_eq!(quoted_row(&panel, &without), None);
         let row = quoted_row(&panel, &with).unwrap();
-        assert_eq!(row, "| TCP | 0.995 of without (9.95 Gbit/s) | ratio ≥ 0.990: met |\n");
+        assert_eq!(row, "| TCP | 0.995 × without (9.95 Gbit/s) | ratio ≥ 0.990: met |\n");
     }
 }
