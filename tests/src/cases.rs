@@ -335,7 +335,7 @@ fn inner_ip6(transport: Transport) -> Ip {
 }
 
 /// A SYN.
-fn tcp(sum: SegmentSum) -> Transport {
+pub fn tcp(sum: SegmentSum) -> Transport {
     let mut header = TcpHeader::new(40233, 9153, 1_769_165_320, 43690);
     header.syn = true;
     Transport::Tcp(Tcp { header, payload: Vec::new(), sum })
