@@ -109,6 +109,7 @@ fn markdown(panel: &Panel) -> String {
 
 /// The few numbers that a user decides by.
 fn quoted(reports: &[Report]) -> String {
+    let Some(first) = reports.first() else { return String::new() };
     let mut text = "| | measured | to reach |\n| --- | --: | --- |\n".to_owned();
     for report in reports {
         for panel in &report.panels {
@@ -116,9 +117,7 @@ fn quoted(reports: &[Report]) -> String {
             text.extend(rows);
         }
     }
-    if let Some(report) = reports.first() {
-        let _ = write!(text, "\n{}\n", report.machine.line());
-    }
+    let _ = write!(text, "\n{}\n", first.machine.line());
     text
 }
 

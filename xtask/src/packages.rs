@@ -300,6 +300,14 @@ mod tests {
     }
 
     #[test]
+    fn what_is_needed_may_be_a_file() {
+        let of = |binary| Tool { binary, debian: "", fedora: "", why: "", goals: BENCH };
+        assert!(of("/proc/self/status").is_there());
+        assert!(!of("/proc/self/no-such-file").is_there());
+        assert!(of("sh").is_there());
+    }
+
+    #[test]
     fn building_needs_none_of_the_lab_tools() {
         assert_eq!(missing_tools(&[Goal::Build]), Vec::<&Tool>::new());
     }

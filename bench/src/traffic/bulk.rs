@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
+use vxcsum_tests::daemon::run_to_end;
 use vxcsum_tests::lab::{Lab, LabConfig, NIC};
 use vxcsum_tests::wait::{wait_for, wait_until};
 
@@ -32,20 +33,18 @@ impl Bulk {
     }
 
     /// One connection; Gbit/s from when it is at speed.
-    pub(super) fn send(&self, duration: Duration, pid: Option<u32>) -> Result<Sample> {
+    pub(super) fn send(&self, pid: Option<u32>) -> Result<Sample> {
         let (from, to) = (SENDER_CPU, (SENDER_CPU + 1) % thread::available_parallelism()?.get());
         let mut command = self.lab.a.command("iperf3");
         command.args(["-c", &self.lab.inner_b().to_string(), "-p", IPERF_PORT, "-J", "-i", "0.1"]);
-        command.args(["-A", &format!("{from},{to}")]);
-        command.args(["-t", &format!("{:.1}", (SETTLE + duration).as_secs_f64())]);
+        command.args(["-A", &format!("{from},{to}"), "-t", SECONDS]);
         // The server may not be through with the connection before.
         let (busy, answer) = wait_for("iperf3 has time", Duration::from_secs(5), || {
             let busy = Busy::start(pid)?;
-            let output = command.output().context("cannot start iperf3")?;
-            let answer: Value =
-                serde_json::from_slice(&output.stdout).context("iperf3's answer")?;
+            let ended = run_to_end(&mut command, Duration::from_secs(10)).context("iperf3")?;
+            let answer: Value = serde_json::from_str(&ended.stdout).context("iperf3's answer")?;
             let is_busy = answer["error"].as_str().is_some_and(|error| error.contains("busy"));
-            ensure!(output.status.success() || is_busy, "iperf3: {}", answer["error"]);
+            ensure!(ended.code == Some(0) || is_busy, "iperf3: {}", answer["error"]);
             Ok((!is_busy).then_some((busy, answer)))
         })?;
         let seconds = |interval: &Value, name: &str| interval[name].as_f64().unwrap_or_default();
@@ -63,6 +62,8 @@ impl Bulk {
 }
 
 const IPERF_PORT: &str = "5201";
+/// How long a connection sends: iperf3 takes whole seconds only.
+const SECONDS: &str = "1";
 
 /// A running `iperf3 -s`, killed on drop.
 struct Server(Child);

@@ -18,7 +18,6 @@ use crate::report::{Findings, Limit, Panel, Series};
 const REACH_TCP: f64 = 0.99;
 const REACH_PACKETS: f64 = 0.98;
 
-const TCP: Duration = Duration::from_millis(1200);
 const PACKETS: Duration = Duration::from_millis(700);
 /// Until connections are at speed and queues are full.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -29,7 +28,7 @@ const SENDER_CPU: usize = 0;
 pub(crate) fn measure(effort: Effort) -> Result<Findings> {
     let bulk = Bulk::new()?;
     let tcp = interleaved("traffic, TCP", effort, &SUBJECTS, |&subject| {
-        subject.measured(&bulk.lab.a, |pid| bulk.send(effort.duration(TCP), pid))
+        subject.measured(&bulk.lab.a, |pid| bulk.send(pid))
     })?;
     drop(bulk);
     let small = Small::new()?;
