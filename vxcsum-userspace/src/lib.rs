@@ -8,6 +8,7 @@ pub mod changes;
 pub mod check;
 pub mod cli;
 pub mod client;
+mod clock;
 pub mod config;
 pub mod dns;
 pub mod doctor;

@@ -19,7 +19,7 @@ use crate::annotate::annotate;
 use crate::cause::Narrator;
 use crate::changes;
 use crate::cli::{LogFormat, UsageError};
-use crate::event::boot_clock;
+use crate::clock;
 use crate::kernel::{self, Kernel};
 use crate::links::sent_packets;
 use crate::metrics;
@@ -140,7 +140,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     for task in telling {
         task.await.context("cannot hand on events")?;
     }
-    let stalls = lock(&stalls).overview(boot_clock());
+    let stalls = lock(&stalls).overview(clock::boot());
     let summary = Summary::new(fix, &kernel, counted).with_stalls(stalls);
     // Fails when nobody reads any more, which ends quietly.
     let _ = to_printer.send(Line::Summary(Box::new(summary))).await;
@@ -182,7 +182,7 @@ async fn answer(request: Request, supervisor: &mut Supervisor, stalls: &Mutex<St
             // Only tells whether the program is starved: counters are there without it.
             let sent = sent_packets().await.unwrap_or_default();
             let summary = supervisor.counted(&sent).map(|it| {
-                let stalls = lock(stalls).overview(boot_clock());
+                let stalls = lock(stalls).overview(clock::boot());
                 Summary::new(supervisor.fix(), supervisor.kernel(), it).with_stalls(stalls)
             });
             let _ = reply.send(summary);
