@@ -3,13 +3,20 @@
 //! Everything that depends on aya's attachment API is here.
 
 use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
 
 use aya::programs::links::LinkOrder;
 use aya::programs::tc::{self, NlOptions, SchedClassifierLinkId, TcAttachOptions, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TcError};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, UnixCredentials, connect, getsockopt, socket,
+    sockopt,
+};
 use nix::unistd::geteuid;
 use thiserror::Error;
-use tokio::net::unix::UCred;
 
 use crate::program::PROGRAM_NAME;
 
@@ -146,7 +153,7 @@ fn raw_os_error(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
 }
 
 /// An error with its causes, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -166,53 +173,65 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 /// kernel takes it back however the process ends.
 #[derive(Debug)]
 pub struct Claim {
-    _socket: Option<tokio::net::UnixListener>,
+    socket: Option<UnixListener>,
 }
 
 impl Claim {
     /// Claims an interface.
     pub fn new(interface: &str, index: u32) -> Result<Self, AttachError> {
-        use std::os::linux::net::SocketAddrExt as _;
-        use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-
         let refused = |reason: io::Error| AttachError::Refused {
             interface: interface.to_owned(),
             method: Method::Tcx,
             reason: format!("cannot claim the interface: {reason}"),
         };
-        let address =
-            SocketAddr::from_abstract_name(format!("vxcsum/egress/{index}")).map_err(refused)?;
+        let name = format!("vxcsum/egress/{index}");
+        let address = SocketAddr::from_abstract_name(&name).map_err(refused)?;
         match UnixListener::bind_addr(&address) {
             Ok(socket) => {
                 socket.set_nonblocking(true).map_err(refused)?;
-                let socket = tokio::net::UnixListener::from_std(socket).map_err(refused)?;
-                Ok(Self { _socket: Some(socket) })
+                Ok(Self { socket: Some(socket) })
             }
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                let peer = UnixStream::connect_addr(&address)
-                    .and_then(|stream| {
-                        stream.set_nonblocking(true)?;
-                        tokio::net::UnixStream::from_std(stream)?.peer_cred()
-                    })
-                    .ok();
                 // The name is open to everybody, and nobody without privileges may keep us out.
                 let is_impostor = |uid| uid != 0 && uid != geteuid().as_raw();
-                if let Some(peer) = peer.filter(|peer| is_impostor(peer.uid())) {
-                    tracing::warn!(
-                        "process {} of user {} pretends to watch {interface}: going on",
-                        process(Some(&peer)),
-                        peer.uid()
-                    );
-                    return Ok(Self { _socket: None });
+                match owner(&name) {
+                    Ok(owner) if !is_impostor(owner.uid()) => Err(AttachError::Taken {
+                        interface: interface.to_owned(),
+                        process: owner.pid().to_string(),
+                    }),
+                    Ok(owner) => {
+                        tracing::warn!(
+                            "process {} of user {} pretends to watch {interface}: going on",
+                            owner.pid(),
+                            owner.uid()
+                        );
+                        Ok(Self { socket: None })
+                    }
+                    // Its queue is full, which ours never is for long.
+                    Err(Errno::EAGAIN) => {
+                        tracing::warn!("somebody pretends to watch {interface}: going on");
+                        Ok(Self { socket: None })
+                    }
+                    Err(error) => Err(refused(error.into())),
                 }
-                let process = process(peer.as_ref());
-                Err(AttachError::Taken { interface: interface.to_owned(), process })
             }
             Err(error) => Err(refused(error)),
         }
     }
+
+    /// Lets go of those who have asked who claims the interface: they know by the connection itself,
+    /// but stay in its queue, and there would be no room for the next ones.
+    pub fn answer(&self) {
+        if let Some(socket) = &self.socket {
+            while socket.accept().is_ok() {}
+        }
+    }
 }
 
-fn process(peer: Option<&UCred>) -> String {
-    peer.and_then(UCred::pid).map_or_else(|| "unknown".to_owned(), |pid| pid.to_string())
+/// Who listens on an abstract socket. Does not wait for room in its queue (EAGAIN).
+fn owner(name: &str) -> nix::Result<UnixCredentials> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)?;
+    getsockopt(&socket, sockopt::PeerCredentials)
 }

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use vxcsum_common::Device;
 use vxcsum_common::layout::{Counters, FixMode, Report};
 
-use crate::attach::{Attachment, Claim, Method};
+use crate::attach::{Attachment, Claim, Method, chain};
 use crate::event::{Event, Source};
 use crate::kernel::Kernel;
 use crate::links::{Link, Links, local_port_range};
@@ -165,13 +165,13 @@ impl Supervisor {
     pub async fn follow(&mut self) {
         let links = match Links::read().await {
             Ok(links) => links,
-            Err(error) => return self.complain(&error.to_string()),
+            Err(error) => return self.complain(&chain(&error)),
         };
         let wanted = self.wanted(&links);
         let gone: Vec<u32> =
             self.watched.keys().copied().filter(|index| !wanted.contains(index)).collect();
         for index in gone {
-            self.unwatch(index).await;
+            self.unwatch(index, links.by_index(index).is_none()).await;
         }
         let mut complaints = BTreeSet::new();
         for &index in &wanted {
@@ -182,12 +182,12 @@ impl Supervisor {
                 self.watch(link, &links)
             };
             if let Err(error) = outcome {
-                complaints.insert(format!("{error:#}"));
+                complaints.insert(chain(error.as_ref()));
             }
         }
         let outcome = self.receive_plan(&links).and_then(|plan| self.receive.update(plan));
         if let Err(error) = outcome {
-            complaints.insert(format!("{error:#}"));
+            complaints.insert(chain(error.as_ref()));
         }
         if wanted.is_empty() && self.options.interfaces.is_empty() {
             complaints.insert(nothing_to_watch(&links));
@@ -281,6 +281,7 @@ impl Supervisor {
     fn update(&mut self, link: &Link, links: &Links) -> Result<()> {
         let plan = self.plan(link, links)?;
         let Some(watched) = self.watched.get_mut(&link.index) else { return Ok(()) };
+        watched.claim.answer();
         watched.name.clone_from(&link.name);
         let before = watched.source.borrow().clone();
         if before.plan == plan && before.interface == link.name {
@@ -289,17 +290,17 @@ impl Supervisor {
         watched.apply(plan)
     }
 
-    /// Stops watching an interface that is gone or not an underlay any more.
-    async fn unwatch(&mut self, index: u32) {
+    /// Stops watching an interface that is gone, or is there still but not an underlay any more.
+    async fn unwatch(&mut self, index: u32, is_gone: bool) {
         if let Some(watched) = self.watched.remove(&index) {
             let name = watched.name.clone();
             tracing::info!("no longer watching {name}");
-            match watched.end().await {
+            match watched.end(is_gone).await {
                 Ok((_, counters)) => {
                     let past = self.past.entry(name).or_default();
                     *past = past.plus(&counters);
                 }
-                Err(error) => self.complain(&format!("{name}: {error:#}")),
+                Err(error) => self.complain(&format!("{name}: {}", chain(error.as_ref()))),
             }
         }
     }
@@ -357,7 +358,7 @@ impl Supervisor {
         let mut counted = Vec::new();
         while let Some((_, watched)) = self.watched.pop_first() {
             let name = watched.name.clone();
-            let (method, counters) = watched.end().await?;
+            let (method, counters) = watched.end(false).await?;
             counted.push(Counted { name, method: Some(method), counters, sent_packets: None });
         }
         let interfaces = self.with_past(counted);
@@ -398,13 +399,17 @@ impl Watched {
         Ok(())
     }
 
-    async fn end(self) -> Result<(Method, Counters)> {
+    /// Takes the program off, unless the interface `is_gone` and the program with it. Returns what it
+    /// has counted, once all its events are forwarded.
+    async fn end(self, is_gone: bool) -> Result<(Method, Counters)> {
         let Self { name, mut program, attachment, claim, source: _source, stop, arrived, reader } =
             self;
         let method = attachment.method;
-        // It is off already where the interface itself is gone.
-        if let Err(error) = attachment.detach(program.classifier()?) {
-            tracing::warn!("cannot detach from {name}: {error}");
+        let detached = attachment.detach(program.classifier()?);
+        if let Err(error) = detached
+            && !is_gone
+        {
+            tracing::warn!("cannot detach from {name}: {}", chain(&error));
         }
         stop.send_replace(true);
         reader.await.with_context(|| format!("cannot read the events of {name}"))?;
