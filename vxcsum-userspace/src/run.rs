@@ -23,6 +23,7 @@ use crate::metrics;
 use crate::news::{Channels, distribute, lock, observe};
 use crate::printer::{Line, print};
 use crate::privileges::{check_privileges, drop_privileges};
+use crate::program::check_bpf;
 use crate::server::{self, Metered, Request, Server};
 use crate::stalls::Stalls;
 use crate::summary::Summary;
@@ -67,6 +68,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     raise_memlock_limit();
 
     check_privileges()?;
+    check_bpf()?;
     // What needs more privileges than it goes on with comes first, and threads come later: they
     // inherit what is left.
     let server = Server::bind(&options.socket)?;
