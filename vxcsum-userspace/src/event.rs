@@ -73,7 +73,7 @@ pub struct Event {
     pub out_interface: Option<String>,
     /// Its JSON, once somebody has asked for it.
     #[serde(skip)]
-    pub json: OnceLock<String>,
+    pub json: OnceLock<Box<str>>,
 }
 
 /// Who saw the packet: the node that sent it, on its way out, or the node that dropped it for its
@@ -282,7 +282,7 @@ impl Event {
     /// Its JSON, which is written once for all who want it: ask when it does not change any more.
     pub fn json(&self) -> &str {
         // Has no maps with keys other than strings, and none of its own code fails.
-        self.json.get_or_init(|| serde_json::to_string(self).unwrap_or_default())
+        self.json.get_or_init(|| serde_json::to_string(self).unwrap_or_default().into())
     }
 
     /// The other node.

@@ -17,6 +17,7 @@ pub mod in_csum_errors;
 pub mod kernel;
 pub mod links;
 pub mod logging;
+mod memory;
 pub mod metrics;
 pub mod modules;
 pub mod names;

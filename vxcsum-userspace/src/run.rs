@@ -19,6 +19,7 @@ use crate::cli::{LogFormat, UsageError};
 use crate::clock;
 use crate::kernel::{self, Kernel};
 use crate::links::sent_packets;
+use crate::memory;
 use crate::metrics;
 use crate::news::{Channels, distribute, lock, observe};
 use crate::printer::{Line, print};
@@ -61,6 +62,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// Runs until SIGINT or SIGTERM, or until nobody reads what it prints. On SIGHUP, `reread` tells what
 /// to run from then on.
 pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageError>) -> Result<()> {
+    memory::keep_little();
     let current = options.clone();
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;

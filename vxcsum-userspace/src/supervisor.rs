@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
 use aya_log::EbpfLogger;
@@ -12,6 +12,7 @@ use futures_util::future::select_all;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
 use vxcsum_common::Device;
 use vxcsum_common::layout::{Counters, FixMode, Report};
 
@@ -19,6 +20,7 @@ use crate::attach::{Attachment, Claim, Method, chain};
 use crate::event::{Event, Source};
 use crate::kernel::Kernel;
 use crate::links::{Link, Links, local_port_range};
+use crate::memory;
 use crate::plan::{Plan, Wish};
 use crate::program::{LoadOptions, Program};
 use crate::receive::{self, Receive};
@@ -157,7 +159,7 @@ impl Supervisor {
             self.options.ring_len,
             self.records.clone(),
         )?;
-        give_back_memory();
+        memory::give_back();
         Ok(())
     }
 
@@ -172,6 +174,9 @@ impl Supervisor {
             self.watched.keys().copied().filter(|index| !wanted.contains(index)).collect();
         for index in gone {
             self.unwatch(index, links.by_index(index).is_none()).await;
+        }
+        for index in self.displaced(&wanted).await {
+            self.unwatch(index, true).await;
         }
         let mut complaints = BTreeSet::new();
         for &index in &wanted {
@@ -197,6 +202,18 @@ impl Supervisor {
         }
         // What does not hold any more may be said again.
         self.complaints = complaints;
+    }
+
+    /// The watched interfaces that our program does not hang on any more.
+    async fn displaced(&self, wanted: &BTreeSet<u32>) -> Vec<u32> {
+        let mut displaced = Vec::new();
+        for (&index, watched) in &self.watched {
+            if wanted.contains(&index) && !watched.attachment.is_in_place(index).await {
+                tracing::warn!("{} has lost the program: attaching it anew", watched.name);
+                displaced.push(index);
+            }
+        }
+        displaced
     }
 
     /// Says something once.
@@ -273,7 +290,7 @@ impl Supervisor {
         let name = link.name.clone();
         let watched = Watched { name, program, attachment, claim, source, stop, arrived, reader };
         self.watched.insert(link.index, watched);
-        give_back_memory();
+        memory::give_back();
         Ok(())
     }
 
@@ -435,7 +452,8 @@ const fn sortable(key: vxcsum_common::layout::DeviceKey) -> (u32, u32) {
     (key.port, key.vni)
 }
 
-/// Takes records from the buffers of a program, until told to stop and all are empty.
+/// Takes records from the buffers of a program, until told to stop and all are empty. Of those that
+/// come in a row, the first is taken at once and the rest in batches.
 pub(crate) async fn forward(
     mut buffers: Vec<AsyncFd<Buffer>>,
     decode: impl Fn(&[u8]) -> Record,
@@ -443,8 +461,13 @@ pub(crate) async fn forward(
     arrived: Arc<Arrived>,
     mut stop: watch::Receiver<bool>,
 ) {
+    /// Between two looks: to be woken costs more than to handle an event, here and for the sender of
+    /// the packet, whose processor does it.
+    const PAUSE: Duration = Duration::from_millis(5);
     loop {
-        let stopping = *stop.borrow_and_update();
+        // Nobody is there any more to say so where the sender has gone.
+        let stopping = *stop.borrow_and_update() || stop.has_changed().is_err();
+        let next_look = Instant::now() + PAUSE;
         loop {
             let mut taken = Taken::default();
             for buffer in &mut buffers {
@@ -473,6 +496,10 @@ pub(crate) async fn forward(
             readable = any_readable(&mut buffers) => if readable.is_err() {
                 return;
             },
+            _ = stop.changed() => continue,
+        }
+        tokio::select! {
+            () = sleep_until(next_look) => {}
             _ = stop.changed() => {}
         }
     }
@@ -511,16 +538,6 @@ impl log::Log for StderrLog {
     }
 
     fn flush(&self) {}
-}
-
-/// Loading takes tens of megabytes for a moment (aya reads all types of the kernel), and so may
-/// reading rules. The allocator would keep them.
-pub(crate) fn give_back_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: may be called at any time; it only returns what is not in use.
-    unsafe {
-        libc::malloc_trim(0);
-    }
 }
 
 /// What 0-0 stands for as a range of source ports.
