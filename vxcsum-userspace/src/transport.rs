@@ -3,14 +3,14 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::Duration;
 
 use aya::maps::perf::{PerfBufferError, PerfEvent, PerfEventArrayBuffer};
 use aya::maps::{MapData, PerfEventArray, RingBuf};
 use aya::util::online_cpus;
-use nix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 use vxcsum_common::layout::Event;
+
+use crate::clock;
 
 /// A way for events, and the BPF object that takes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +51,8 @@ pub enum OpenError {
     /// One of them. Debian has a fourth level of that setting, which asks for `CAP_SYS_ADMIN`.
     #[error(
         "cannot open the perf buffer of CPU {0} (where that is forbidden: `sysctl \
-         kernel.perf_event_paranoid=2`, or --transport ring): {1}"
+         kernel.perf_event_paranoid=2`, or --transport ring; where no more memory may be locked: \
+         `ulimit -l unlimited`, or a smaller --ring-kib): {1}"
     )]
     Buffer(u32, #[source] PerfBufferError),
 }
@@ -105,13 +106,14 @@ impl Buffer {
                 }
             }
             Self::Perf(buffer) => {
-                let suspended_ns = suspended_ns();
+                let suspended_ns = clock::suspended().as_nanos() as u64;
                 let _: ControlFlow<()> = buffer.try_fold((), |(), event| match event {
                     PerfEvent::Sample { head, tail } => {
                         let mut record = [head, tail].concat();
                         // The kernel fills it up to the next 8 bytes, counted with its length
                         // of 4; a record of ours is a multiple of 8.
                         record.truncate(record.len() & !7);
+                        // Events are dated by the other clock in their first field.
                         if let Some(time) = record.first_chunk_mut() {
                             *time = (u64::from_ne_bytes(*time) + suspended_ns).to_ne_bytes();
                         }
@@ -139,14 +141,6 @@ impl AsRawFd for Buffer {
             Self::Perf(buffer) => buffer.as_raw_fd(),
         }
     }
-}
-
-/// By how much `CLOCK_BOOTTIME`, by which events are dated in their first
-/// field, is ahead of `CLOCK_MONOTONIC`, which is all that BPF has before 5.8.
-fn suspended_ns() -> u64 {
-    let now = |clock| clock_gettime(clock).map_or(Duration::ZERO, Duration::from);
-    let ahead = now(ClockId::CLOCK_BOOTTIME).saturating_sub(now(ClockId::CLOCK_MONOTONIC));
-    ahead.as_nanos() as u64
 }
 
 fn page_size() -> usize {

@@ -9,7 +9,8 @@ use vxcsum_common::receive::Dropped;
 use vxcsum_common::verdict::{self, AnswerKind, Finding};
 use vxcsum_common::{Captured, Cut, Offload, Packet as _, Policy, Proof, Sum, Verdict, Watch as _};
 
-use crate::event::{AnyPort, Direction, Event, Hex, InnerView, OuterView, addresses, wall_clock};
+use crate::clock;
+use crate::event::{AnyPort, Direction, Event, Hex, InnerView, OuterView, addresses};
 use crate::plan::Plan;
 use crate::stalls::Trace;
 
@@ -41,7 +42,7 @@ pub(super) fn decode(plan: &Plan, record: &[u8]) -> Option<Event> {
     let device = |outer: &Outer| plan.device_name(outer.destination_port, outer.vni);
     let interface = dropped.interface.split(|&byte| byte == 0).next().unwrap_or_default();
     Some(Event {
-        time: wall_clock(Duration::from_nanos(dropped.boot_ns)),
+        time: clock::time_of_day(Duration::from_nanos(dropped.boot_ns)),
         direction: Direction::Receive,
         interface: String::from_utf8_lossy(interface).into_owned(),
         device: outer.as_ref().and_then(device).map(str::to_owned),
