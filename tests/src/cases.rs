@@ -14,7 +14,8 @@ use etherparse::TcpHeader;
 use vxcsum_common::layout::{
     ANY_VNI, Action, Config, DeviceKey, FixMode, MASQUERADE_MARK, Port, Ports,
 };
-use vxcsum_common::{Device, Offload, Policy, Proof, Verdict, Watch};
+use vxcsum_common::outer::Beyond;
+use vxcsum_common::{Device, Examined, Offload, Policy, Proof, Verdict, Watch};
 
 use crate::packets::{Check, Ethernet, Frame, Ip, SegmentSum, Tcp, Transport, Udp, Vxlan};
 
@@ -262,6 +263,15 @@ impl Case {
             // So little that no event is held back, but that each is asked for.
             event_cost_ns: 1,
         })
+    }
+}
+
+/// The verdict that the BPF program counts; none for what is not VXLAN to a watched port.
+pub fn counted_verdict<Port>(examined: &Examined<Port>) -> Option<Verdict> {
+    match examined {
+        Examined::NotVxlan | Examined::Cut(Beyond::Outer) => None,
+        Examined::Cut(Beyond::Vxlan) => Some(Verdict::Unverified),
+        Examined::Vxlan(finding, _) => Some(finding.verdict),
     }
 }
 
