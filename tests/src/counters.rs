@@ -4,8 +4,9 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
+use crate::kernel;
 use crate::lab::Family;
 use crate::netns::NetNs;
 
@@ -123,13 +124,7 @@ pub fn wait_quiet(ns: &NetNs, name: &str) -> Result<()> {
 /// Whether this kernel counts the inner headers of each segment into the length of a packet that is
 /// still to be cut (`qdisc_pkt_len_init` in net/core/dev.c). Wrong in 6.12, right in 6.18.
 pub fn counts_inner_headers() -> Result<bool> {
-    let path = "/proc/sys/kernel/osrelease";
-    let release = fs::read_to_string(path).context(path)?;
-    let mut numbers = release.split('.').map(str::parse::<u32>);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => Ok((major, minor) >= (6, 18)),
-        _ => bail!("cannot read the version in {release:?}"),
-    }
+    Ok(kernel::version()? >= (6, 18))
 }
 
 fn read(ns: &NetNs, file: &str) -> Result<String> {

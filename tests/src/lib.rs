@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod evidence;
 pub mod folder;
 pub mod foreign;
+pub mod kernel;
 pub mod lab;
 pub mod netns;
 pub mod oracle;

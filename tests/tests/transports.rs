@@ -1,13 +1,16 @@
 //! What the daemon does without where the kernel does not have it, and what it says of that.
 
 use std::ffi::OsStr;
-use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
+use std::{fs, io};
 
 use anyhow::{Context as _, Result};
 use aya::EbpfLoader;
 use aya::programs::SchedClassifier;
+use nix::errno::Errno;
 use vxcsum::program::{OBJECT, PROGRAM_NAME};
 use vxcsum_common::layout::SkbLayout;
 use vxcsum_tests::client::Socket;
@@ -53,6 +56,52 @@ fn status_tells_transport_and_what_is_missing() -> Result<()> {
         }
         daemon.stop()?;
     }
+    Ok(())
+}
+
+/// As the default seccomp filter of containers does it, and Debian's `kernel.perf_event_paranoid`
+/// of 3.
+#[test]
+fn perf_buffers_that_are_forbidden() -> Result<()> {
+    let lab = lab()?;
+    for errno in [Errno::EPERM, Errno::EACCES] {
+        let socket = Socket::new()?;
+        let args = ["run", "--interface", NIC, "--transport", "perf"];
+        let mut command = socket.command_in(&lab.a, args)?;
+        forbid(&mut command, libc::SYS_perf_event_open, errno)?;
+        let ended = run_to_end(&mut command, PLENTY)?;
+        assert_eq!((ended.code, ended.stdout.as_str()), (Some(2), ""), "{ended:?}");
+        let last = ended.stderr.lines().last().unwrap_or_default();
+        for part in ["not permitted to open perf buffers", errno.desc(), "seccomp", "ring"] {
+            assert!(last.contains(part), "{part:?} is not in {last:?}");
+        }
+        let left = lab.a.run(&format!("tc filter show dev {NIC} egress"))?;
+        assert_eq!(left, "", "it leaves something");
+    }
+    Ok(())
+}
+
+/// Has a system call fail in the program that `command` starts, by a filter for seccomp(2).
+fn forbid(command: &mut Command, call: libc::c_long, errno: Errno) -> Result<()> {
+    const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+    let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let filter = [
+        // The number of the call is what comes first of `struct seccomp_data`.
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, u32::try_from(call)?),
+        statement(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
+        statement(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let install = move || {
+        let mut filter = filter;
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+        // SAFETY: the kernel copies the filter, which `program` points at, within the call.
+        let outcome =
+            unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) };
+        Errno::result(outcome).map(drop).map_err(io::Error::from)
+    };
+    // SAFETY: between fork and exec it makes one system call and takes no lock or memory.
+    unsafe { command.pre_exec(install) };
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use thiserror::Error;
 use vxcsum_common::Device;
 use vxcsum_common::layout::{Config, Counters, DeviceKey, SYN_TOLD, SkbLayout};
 
+use crate::privileges::check_privileges;
 use crate::transport::{Buffer, OpenError, Transport};
 
 /// The object that the build script compiled.
@@ -31,6 +32,15 @@ pub enum LoadError {
         "not permitted to load BPF: run as root or grant CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
     )]
     NotPermitted,
+    /// With the privilege, but without room for what it loads; the limit in bytes.
+    #[error(
+        "not permitted to load BPF, although the capabilities for it are there: Linux before 5.11 \
+         counts it as locked memory, of which {} KiB are allowed here (`ulimit -l unlimited`, \
+         LimitMEMLOCK=infinity, or CAP_SYS_RESOURCE); or a seccomp filter or another policy of this \
+         system forbids it",
+        .0 / 1024
+    )]
+    LockedMemory(u64),
     /// Without the system call.
     #[error(
         "this kernel has no BPF (the bpf system call is not there): vxcsum needs Linux 4.19 or \
@@ -281,12 +291,21 @@ impl LoadError {
         Self::Program(format!("{io_error}; the verifier's last words:\n{last}"))
     }
 
+    fn not_permitted() -> Self {
+        match rlimit::Resource::MEMLOCK.get_soft() {
+            Ok(limit) if limit < rlimit::INFINITY && check_privileges().is_ok() => {
+                Self::LockedMemory(limit)
+            }
+            _ => Self::NotPermitted,
+        }
+    }
+
     /// Names the two causes that have nothing to do with the object.
     fn by_cause(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
         let mut cause = Some(error);
         while let Some(error) = cause {
             match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-                Some(libc::EPERM) => return Some(Self::NotPermitted),
+                Some(libc::EPERM) => return Some(Self::not_permitted()),
                 Some(libc::ENOSYS) => return Some(Self::NoBpf),
                 _ => cause = error.source(),
             }
