@@ -109,11 +109,23 @@ pub fn device(ns: &NetNs, name: &str) -> Result<Device> {
 /// Waits until a device has sent nothing for a while: what TCP says at the end of a connection
 /// (delayed acknowledgements) comes after the program is done.
 pub fn wait_quiet(ns: &NetNs, name: &str) -> Result<()> {
-    const QUIET: Duration = Duration::from_millis(250);
-    let mut last = device(ns, name)?.tx_packets;
+    wait_same(Duration::from_millis(250), || Ok(device(ns, name)?.tx_packets))
+}
+
+/// Waits until a device has neither sent nor received anything for a moment: what the kernel has to
+/// say to a new device and its neighbour (multicast reports) comes by itself, within milliseconds.
+pub(crate) fn wait_settled(ns: &NetNs, name: &str) -> Result<()> {
+    wait_same(Duration::from_millis(100), || {
+        let now = device(ns, name)?;
+        Ok((now.tx_packets, now.rx_packets))
+    })
+}
+
+fn wait_same<T: PartialEq>(quiet: Duration, look: impl Fn() -> Result<T>) -> Result<()> {
+    let mut last = look()?;
     loop {
-        thread::sleep(QUIET);
-        let now = device(ns, name)?.tx_packets;
+        thread::sleep(quiet);
+        let now = look()?;
         if now == last {
             return Ok(());
         }
