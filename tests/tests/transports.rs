@@ -16,6 +16,7 @@ use vxcsum_common::layout::SkbLayout;
 use vxcsum_tests::client::Socket;
 use vxcsum_tests::daemon::{Daemon, run_to_end};
 use vxcsum_tests::folder::Folder;
+use vxcsum_tests::kernel;
 use vxcsum_tests::lab::{Lab, LabConfig, NIC, Nat};
 use vxcsum_tests::traffic::{self, TcpServer};
 use vxcsum_tests::wait::wait_until;
@@ -56,6 +57,39 @@ fn status_tells_transport_and_what_is_missing() -> Result<()> {
         }
         daemon.stop()?;
     }
+    Ok(())
+}
+
+/// What each version brought, on a kernel that nobody has taken it from.
+#[test]
+fn nothing_is_missed_that_this_kernel_has() -> Result<()> {
+    let lab = lab()?;
+    let socket = Socket::new()?;
+    let args = ["run", "--json", "--interface", NIC, "--transport", "auto"];
+    let daemon = Daemon::launch(socket.command_in(&lab.a, args)?)?;
+    daemon.wait_watching()?;
+    wait_until("an answer", PLENTY, || Ok(socket.status().is_ok()))?;
+    let status = socket.status_json()?;
+    let version = kernel::version()?;
+    for (feature, since) in [("ring_buffer", (5, 8)), ("ip_summed", (5, 8)), ("tcx", (6, 6))] {
+        assert!(version < since || !missing(&status).contains(&feature), "{feature}: {status:#}");
+    }
+    // What is said to be missing is not made use of, and the other way round.
+    let is_missing = |feature| missing(&status).contains(&feature);
+    let transport = if is_missing("ring_buffer") { "perf" } else { "ring" };
+    let attach = if is_missing("tcx") { "clsact" } else { "tcx" };
+    assert_eq!(status["transport"], transport, "{status:#}");
+    assert_eq!(status["interfaces"][0]["attach"], attach, "{status:#}");
+    // The reason of drops is there from 5.17 on; before, a word on that is.
+    let receive = socket.status()?.receive;
+    assert!(receive.attached || version < (5, 17), "{receive:?}");
+    assert_eq!(receive.attached, receive.why.is_none(), "{receive:?}");
+    let table = socket.vxcsum(["status"])?.stdout;
+    let wanted = missing(&status).into_iter().map(|feature| format!("no {feature} ("));
+    for part in wanted.chain([format!("events ({transport})"), format!("{NIC} ({attach})")]) {
+        assert!(table.contains(&part), "{part:?} is not in {table}");
+    }
+    daemon.stop()?;
     Ok(())
 }
 
