@@ -47,14 +47,14 @@ pub enum Buffer {
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// The CPUs are not known.
-    #[error("cannot read {0}: {1}")]
+    #[error("cannot read {0}")]
     Cpus(&'static str, #[source] io::Error),
     /// One of them.
-    #[error("cannot open the perf buffer of CPU {0}: {1}")]
+    #[error("cannot open the perf buffer of CPU {0}")]
     Buffer(u32, #[source] PerfBufferError),
     /// None of them.
     #[error(
-        "not permitted to open perf buffers ({source}): {}; or use --transport ring, where the \
+        "not permitted to open perf buffers: {}; or use --transport ring, where the \
          kernel has a ring buffer (Linux 5.8)",
         remedy(*.paranoid)
     )]
@@ -66,7 +66,7 @@ pub enum OpenError {
     },
     /// They hold more than a user may lock.
     #[error(
-        "no more memory for perf buffers ({0}): raise the limit of locked memory (`ulimit -l \
+        "no more memory for perf buffers: raise the limit of locked memory (`ulimit -l \
          unlimited`, LimitMEMLOCK=infinity), or ask for less by --ring-kib"
     )]
     Memory(#[source] io::Error),
@@ -205,4 +205,24 @@ fn page_size() -> usize {
     // SAFETY: only asks for a number.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).unwrap_or(4096)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_forbids_perf_buffers_is_named() {
+        let forbidden = |paranoid| {
+            let source = io::Error::from_raw_os_error(libc::EACCES);
+            OpenError::Forbidden { paranoid, source }.to_string()
+        };
+        let debian = forbidden(Some(3));
+        assert!(debian.contains("kernel.perf_event_paranoid is 3 here"), "{debian}");
+        assert!(debian.contains("`sysctl kernel.perf_event_paranoid=2`"), "{debian}");
+        for paranoid in [None, Some(2), Some(-1)] {
+            let other = forbidden(paranoid);
+            assert!(other.contains("seccomp") && !other.contains("sysctl"), "{other}");
+        }
+    }
 }
