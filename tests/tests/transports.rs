@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use vxcsum::program::{OBJECT, PROGRAM_NAME};
 use vxcsum_common::layout::SkbLayout;
 use vxcsum_tests::client::Socket;
-use vxcsum_tests::daemon::{Daemon, run_to_end};
+use vxcsum_tests::daemon::{Daemon, binary, run_to_end};
 use vxcsum_tests::folder::Folder;
 use vxcsum_tests::kernel;
 use vxcsum_tests::lab::{Lab, LabConfig, NIC, Nat};
@@ -158,6 +158,36 @@ fn btf_may_come_from_a_file() -> Result<()> {
         let event: serde_json::Value = serde_json::from_str(&line)?;
         assert_eq!(event["ip_summed"], "partial", "{line}");
     }
+    daemon.stop()?;
+    Ok(())
+}
+
+/// A kernel without types costs what is read by them, and nothing else.
+#[test]
+fn a_kernel_without_btf() -> Result<()> {
+    let lab = lab()?;
+    let tcp = TcpServer::start(&lab.b, (lab.inner_b(), 0).into())?;
+    let socket = Socket::new()?;
+    // `ip netns exec` gives it mounts of its own.
+    let mut command = lab.a.command("sh");
+    let script = format!("mount --bind /dev/null {VMLINUX_BTF} && exec \"$@\"");
+    command.args(["-c", &script, "sh"]).arg(binary()?);
+    command.args(["run", "--json", "--interface", NIC, "--transport", "ring", "--socket"]);
+    command.arg(socket.path());
+    let daemon = Daemon::launch(command)?;
+    daemon.wait_watching()?;
+    wait_until("an answer", PLENTY, || Ok(socket.status().is_ok()))?;
+    assert_eq!(traffic::try_connect(&lab.a, tcp.address(), STALL)?, None);
+    let event = daemon.wait_events(1, PLENTY)?.remove(0);
+    assert_eq!(event.verdict, "stale_nat");
+    for line in daemon.lines() {
+        let event: serde_json::Value = serde_json::from_str(&line)?;
+        assert!(event["ip_summed"].is_null(), "{line}");
+    }
+    let status = socket.status_json()?;
+    assert!(missing(&status).contains(&"ip_summed"), "{status:#}");
+    let said = daemon.stderr().join("\n");
+    assert!(said.contains("no ip_summed (") && said.contains("--btf"), "{said}");
     daemon.stop()?;
     Ok(())
 }

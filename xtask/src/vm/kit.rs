@@ -40,6 +40,7 @@ const MORE_TOOLS: &[&str] = &[
     "ip6tables-nft-save",
     "setpriv",
     "prlimit",
+    "mount",
     "sh",
     "sleep",
     "cat",
