@@ -13,6 +13,7 @@ pub mod evidence;
 pub mod folder;
 pub mod foreign;
 pub mod held;
+pub mod kernel;
 pub mod lab;
 pub mod mutants;
 pub mod netns;

@@ -317,8 +317,9 @@ impl LoadError {
         let limit = rlimit::Resource::MEMLOCK.get_soft().ok();
         let limit = limit.filter(|&limit| limit < rlimit::INFINITY).map(|limit| {
             format!(
-                ", or the kernel is older than 5.11 and the {limit} bytes of memory that may be \
-                 locked are too few (`ulimit -l unlimited`, LimitMEMLOCK=infinity)"
+                ", or the kernel is older than 5.11 and the {} KiB of locked memory that are allowed \
+                 are too few (`ulimit -l unlimited`, LimitMEMLOCK=infinity)",
+                limit / 1024
             )
         });
         Self::Forbidden(limit.unwrap_or_default())
