@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use vxcsum_tests::daemon;
 
 use crate::check;
+use crate::cost;
 use crate::effort::Effort;
 use crate::growth;
 use crate::machine::Machine;
@@ -30,6 +31,7 @@ pub(crate) struct Bench {
 
 /// All of them, in the order in which they are run and shown.
 pub(crate) const BENCHES: &[Bench] = &[
+    Bench { name: "cost", title: "Cost per packet", repetitions: 9, measure: cost::measure },
     Bench {
         name: "traffic",
         title: "TCP and small packets through a VXLAN",

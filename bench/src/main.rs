@@ -8,11 +8,13 @@
 mod benches;
 mod check;
 mod clients;
+mod cost;
 mod docs;
 mod effort;
 mod growth;
 mod machine;
 mod plot;
+mod reference;
 mod report;
 mod start;
 mod storm;

@@ -14,7 +14,8 @@ use etherparse::TcpHeader;
 use vxcsum_common::layout::{
     ANY_VNI, Action, Config, DeviceKey, FixMode, MASQUERADE_MARK, Port, Ports,
 };
-use vxcsum_common::{Device, Offload, Policy, Proof, Verdict, Watch};
+use vxcsum_common::outer::Beyond;
+use vxcsum_common::{Device, Examined, Offload, Policy, Proof, Verdict, Watch};
 
 use crate::packets::{Check, Ethernet, Frame, Ip, SegmentSum, Tcp, Transport, Udp, Vxlan};
 
@@ -265,6 +266,15 @@ impl Case {
     }
 }
 
+/// The verdict that the BPF program counts; none for what is not VXLAN to a watched port.
+pub fn counted_verdict<Port>(examined: &Examined<Port>) -> Option<Verdict> {
+    match examined {
+        Examined::NotVxlan | Examined::Cut(Beyond::Outer) => None,
+        Examined::Cut(Beyond::Vxlan) => Some(Verdict::Unverified),
+        Examined::Vxlan(finding, _) => Some(finding.verdict),
+    }
+}
+
 /// A watched port.
 pub fn port(port: u16, policy: Policy) -> Port {
     Port { port, policy_ipv4: policy as u8, policy_ipv6: policy as u8, ..Port::default() }
@@ -335,7 +345,7 @@ fn inner_ip6(transport: Transport) -> Ip {
 }
 
 /// A SYN.
-fn tcp(sum: SegmentSum) -> Transport {
+pub fn tcp(sum: SegmentSum) -> Transport {
     let mut header = TcpHeader::new(40233, 9153, 1_769_165_320, 43690);
     header.syn = true;
     Transport::Tcp(Tcp { header, payload: Vec::new(), sum })

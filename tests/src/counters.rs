@@ -4,8 +4,9 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
+use crate::kernel;
 use crate::lab::Family;
 use crate::netns::NetNs;
 
@@ -115,11 +116,23 @@ pub fn device(ns: &NetNs, name: &str) -> Result<Device> {
 /// Waits until a device has sent nothing for a while: what TCP says at the end of a connection
 /// (delayed acknowledgements) comes after the program is done.
 pub fn wait_quiet(ns: &NetNs, name: &str) -> Result<()> {
-    const QUIET: Duration = Duration::from_millis(250);
-    let mut last = device(ns, name)?.tx_packets;
+    wait_same(Duration::from_millis(250), || Ok(device(ns, name)?.tx_packets))
+}
+
+/// Waits until a device has neither sent nor received anything for a moment: what the kernel has to
+/// say to a new device and its neighbour (multicast reports) comes by itself, within milliseconds.
+pub(crate) fn wait_settled(ns: &NetNs, name: &str) -> Result<()> {
+    wait_same(Duration::from_millis(100), || {
+        let now = device(ns, name)?;
+        Ok((now.tx_packets, now.rx_packets))
+    })
+}
+
+fn wait_same<T: PartialEq>(quiet: Duration, look: impl Fn() -> Result<T>) -> Result<()> {
+    let mut last = look()?;
     loop {
-        thread::sleep(QUIET);
-        let now = device(ns, name)?.tx_packets;
+        thread::sleep(quiet);
+        let now = look()?;
         if now == last {
             return Ok(());
         }
@@ -130,13 +143,7 @@ pub fn wait_quiet(ns: &NetNs, name: &str) -> Result<()> {
 /// Whether this kernel counts the inner headers of each segment into the length of a packet that is
 /// still to be cut (`qdisc_pkt_len_init` in net/core/dev.c). Wrong in 6.12, right in 6.18.
 pub fn counts_inner_headers() -> Result<bool> {
-    let path = "/proc/sys/kernel/osrelease";
-    let release = fs::read_to_string(path).context(path)?;
-    let mut numbers = release.split('.').map(str::parse::<u32>);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => Ok((major, minor) >= (6, 18)),
-        _ => bail!("cannot read the version in {release:?}"),
-    }
+    Ok(kernel::version()? >= (6, 18))
 }
 
 fn read(ns: &NetNs, file: &str) -> Result<String> {

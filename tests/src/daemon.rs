@@ -352,6 +352,15 @@ fn wrong_hex<E: serde::de::Error>(text: &str) -> E {
     E::custom(format!("{text:?} is no hexadecimal number that fits"))
 }
 
+/// Memory that a process has in use now (`VmRSS`, proc(5)).
+pub fn resident_kib(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
+    let value = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let value = value.and_then(|value| value.trim().strip_suffix(" kB")).context("no VmRSS")?;
+    Ok(value.trim().parse()?)
+}
+
 /// What a running vxcsum has printed so far, a line each.
 #[derive(Debug, Default)]
 struct Printed {
@@ -451,13 +460,9 @@ impl Daemon {
             .with_context(|| format!("send {signal} to vxcsum"))
     }
 
-    /// Memory that it has in use now (`VmRSS`).
+    /// Memory that it has in use now.
     pub fn resident_kib(&self) -> Result<u64> {
-        let path = format!("/proc/{}/status", self.pid());
-        let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-        let value = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let value = value.and_then(|value| value.trim().strip_suffix(" kB")).context("no VmRSS")?;
-        Ok(value.trim().parse()?)
+        resident_kib(self.pid())
     }
 
     /// Waits for it to end by itself, and returns how, and all it has printed that was not waited

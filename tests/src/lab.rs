@@ -12,12 +12,11 @@
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::process::Command;
 
 use anyhow::{Result, bail};
 
+use crate::counters;
 use crate::netns::NetNs;
-use crate::sh;
 use crate::vlan_tag::{Tag, Tagger};
 
 /// The NIC of either node, where vxcsum belongs.
@@ -305,7 +304,8 @@ impl Lab {
         let pod = config.pod.map(|sums| connect_pod(&a, sums)).transpose()?;
 
         let lab = Self { _taggers: taggers, pod, _switch: switch, b, a, config, underlay_device };
-        lab.enable_nat(lab.config.nat)?;
+        lab.add_nat(lab.config.nat)?;
+        counters::wait_settled(&lab.a, NIC)?;
         Ok(lab)
     }
 
@@ -390,6 +390,10 @@ impl Lab {
     /// Puts rewriting rules into the sending node, in place of those it has.
     pub fn enable_nat(&self, nat: Nat) -> Result<()> {
         self.disable_nat()?;
+        self.add_nat(nat)
+    }
+
+    fn add_nat(&self, nat: Nat) -> Result<()> {
         match nat {
             Nat::None => Ok(()),
             Nat::Masquerade { random_fully } => self.masquerade("mangle", random_fully),
@@ -542,11 +546,11 @@ impl Lab {
     }
 
     fn restore_tables(&self, restore: &str, tables: &str) -> Result<()> {
-        sh::output_with_input(&mut self.a.command(restore), tables).map(drop)
+        self.a.run_with_input(restore, tables).map(drop)
     }
 
     fn nft(&self, commands: &str) -> Result<()> {
-        sh::output_with_input(self.a.command("nft").args(["-f", "-"]), commands).map(drop)
+        self.a.run_with_input("nft -f -", commands).map(drop)
     }
 }
 
@@ -705,11 +709,8 @@ impl Node<'_> {
              route add {inner_v6_net} dev {VXLAN}"
         ))?;
         let mac = self.peer.vxlan_mac();
-        let forward = |mac: &str| {
-            let mut command = Command::new("bridge");
-            command.args(["-n", self.ns.name(), "fdb", "append", mac, "dev", VXLAN, "dst"]);
-            sh::output(command.arg(outer.to_string()))
-        };
+        let forward =
+            |mac: &str| self.ns.run(&format!("bridge fdb append {mac} dev {VXLAN} dst {outer}"));
         forward(&mac)?;
         match config.inner_neighbours {
             InnerNeighbours::Static => self.ns.ip(&format!(

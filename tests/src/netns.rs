@@ -51,8 +51,8 @@ impl NetNs {
         &self.name
     }
 
-    /// A program that will run inside. It becomes the very process that is spawned (`ip netns exec`
-    /// does not fork), so it can be signalled by the id of the child.
+    /// A program that will run inside, with mounts of its own. It becomes the very process that is
+    /// spawned (`ip netns exec` does not fork), so it can be signalled by the id of the child.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.name]).arg(program);
@@ -61,16 +61,24 @@ impl NetNs {
 
     /// Runs a command line, split at spaces, to its end inside; returns its standard output.
     pub fn run(&self, line: &str) -> Result<String> {
+        self.run_with_input(line, "")
+    }
+
+    /// The same with `input` on its standard input.
+    ///
+    /// It starts from a thread that is inside: that costs a fraction of `ip netns exec`, which mounts
+    /// sysfs anew and lets the kernel clear up after that.
+    pub fn run_with_input(&self, line: &str, input: &str) -> Result<String> {
         let mut words = line.split_whitespace();
         let program = words.next().context("an empty command line")?;
-        sh::output(self.command(program).args(words))
+        let mut command = Command::new(program);
+        command.args(words);
+        self.enter(|| sh::output_with_input(&mut command, input))
     }
 
     /// Runs `ip` commands, one a line, in one go. Stops at the first that fails.
     pub fn ip(&self, lines: &str) -> Result<()> {
-        let mut command = Command::new("ip");
-        command.args(["-n", &self.name, "-batch", "-"]);
-        sh::output_with_input(&mut command, lines)
+        self.run_with_input("ip -batch -", lines)
             .with_context(|| format!("one of these in {}:\n{lines}", self.name))?;
         Ok(())
     }

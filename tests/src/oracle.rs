@@ -7,6 +7,9 @@ use std::net::IpAddr;
 
 use anyhow::{Context as _, Result};
 use etherparse::{IpNumber, NetSlice, SlicedPacket, TcpSlice, TransportSlice, UdpSlice};
+use internet_checksum::Checksum;
+
+use crate::packets::{Frame, UDP_CHECK};
 
 const VXLAN_HEADER_LEN: usize = 8;
 
@@ -153,6 +156,25 @@ fn unfilled(net: &NetSlice<'_>, protocol: IpNumber, len: usize) -> Result<Transp
         check_at: 0,
         syn: false,
     })
+}
+
+/// The UDP checksum that a receiver finds right, over the packet with all sums filled in.
+pub fn right_sum(frame: &Frame) -> u16 {
+    let bytes = &frame.finished;
+    let len = usize::from(u16::from_be_bytes([bytes[frame.udp + 4], bytes[frame.udp + 5]]));
+    let is_ipv6 = bytes[frame.ip] >> 4 == 6;
+    let addresses = if is_ipv6 { 8..40 } else { 12..20 };
+    let mut sum = Checksum::new();
+    sum.add_bytes(&bytes[frame.ip..][addresses]);
+    sum.add_bytes(&[0, 17]);
+    sum.add_bytes(&(len as u16).to_be_bytes());
+    let datagram = &bytes[frame.udp..frame.udp + len];
+    sum.add_bytes(&datagram[..UDP_CHECK]);
+    sum.add_bytes(&datagram[UDP_CHECK + 2..]);
+    match u16::from_be_bytes(sum.checksum()) {
+        0 => 0xffff,
+        sum => sum,
+    }
 }
 
 enum Addresses {

@@ -107,6 +107,11 @@ impl Frame {
     }
 }
 
+/// A packet in a message.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat()
+}
+
 /// What is being laid out: everything as it is, or with all open sums filled in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sums {

@@ -100,6 +100,8 @@ impl Storm {
                         match socket.try_send(frame) {
                             // It has been through TC egress, too.
                             Ok(()) | Err(Errno::ENOBUFS) => sent += 1,
+                            // The device is gone, and with it the storm.
+                            Err(Errno::ENXIO | Errno::ENETDOWN | Errno::ENODEV) => return Ok(sent),
                             Err(error) => return Err(error).context("send a frame"),
                         }
                     }

@@ -4,12 +4,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use aya::programs::{SchedClassifier, TcAttachType};
 use vxcsum_tests::client::Socket;
 use vxcsum_tests::daemon::{Daemon, Interface, Summary};
-use vxcsum_tests::foreign;
+use vxcsum_tests::held::attached;
 use vxcsum_tests::lab::{Lab, LabConfig, NIC, Nat, OuterSum, Underlay, VXLAN};
-use vxcsum_tests::netns::NetNs;
 use vxcsum_tests::packets::Check;
 use vxcsum_tests::storm::{Packet, SOURCE_PORTS};
 use vxcsum_tests::traffic::{ping, send_frames};
@@ -28,15 +26,6 @@ fn lab(underlay: Underlay, outer_sum: OuterSum) -> Result<Lab> {
     LabConfig { underlay, outer_sum, srcport: Some(SOURCE_PORTS), ..LabConfig::default() }.start()
 }
 
-/// How often our program hangs on the egress of an interface: by TCX, or as a filter.
-fn programs(ns: &NetNs, interface: &str) -> Result<usize> {
-    let filters = foreign::filters(ns, interface)?;
-    let filters = filters.lines().filter(|line| line.contains("vxcsum_egress")).count();
-    // Kernels before 6.6 know nothing of TCX, and no program is attached by it.
-    let by_tcx = ns.enter(|| Ok(SchedClassifier::query_tcx(interface, TcAttachType::Egress)));
-    Ok(filters + by_tcx?.map_or(0, |(_, programs)| programs.len()))
-}
-
 fn names(summary: &Summary) -> Vec<&str> {
     summary.interfaces.iter().map(|interface| interface.name.as_str()).collect()
 }
@@ -53,7 +42,7 @@ fn assert_nic_is_watched(lab: &Lab, socket: &Socket, daemon: &Daemon) -> Result<
     assert_eq!((event.interface.as_str(), event.device.as_deref()), (NIC, Some(VXLAN)));
     assert_eq!(event.verdict, "stale_nat");
     assert_eq!(names(&socket.status()?), [NIC]);
-    assert_eq!(programs(&lab.a, NIC)?, 1);
+    assert_eq!(attached(&lab.a, NIC)?, 1);
     Ok(())
 }
 
@@ -75,7 +64,7 @@ fn nic_below_a_macvlan() -> Result<()> {
     let lab = lab(Underlay::Macvlan, OuterSum::Sum)?;
     let socket = Socket::new()?;
     let daemon = socket.run(&lab.a, NO_ARGS)?;
-    assert_eq!(programs(&lab.a, lab.underlay_device())?, 0);
+    assert_eq!(attached(&lab.a, lab.underlay_device())?, 0);
     assert_nic_is_watched(&lab, &socket, &daemon)
 }
 
@@ -160,7 +149,7 @@ fn waits_for_the_first_device() -> Result<()> {
     assert!(daemon.stderr().concat().contains("waiting"), "{:?}", daemon.stderr());
     wait_until("the daemon answers", PLENTY, || Ok(socket.status().is_ok()))?;
     assert!(socket.status()?.interfaces.is_empty());
-    assert_eq!(programs(&lab.a, NIC)?, 0);
+    assert_eq!(attached(&lab.a, NIC)?, 0);
 
     lab.add_vxlan(OuterSum::Sum)?;
     daemon.wait_says(0, "watching", SOON)?;
@@ -204,7 +193,7 @@ fn device_that_goes_for_good() -> Result<()> {
     assert_nic_is_watched(&lab, &socket, &daemon)?;
     lab.remove_vxlan()?;
     daemon.wait_says(0, &format!("no longer watching {NIC}"), SOON)?;
-    wait_until("detached", SOON, || Ok(programs(&lab.a, NIC)? == 0))?;
+    wait_until("detached", SOON, || Ok(attached(&lab.a, NIC)? == 0))?;
     // What it has counted stays.
     let status = socket.status()?;
     assert_eq!((nic(&status)?.attach.as_deref(), nic(&status)?.broken()), (None, 1));

@@ -35,7 +35,10 @@ const HELPERS: [i32; 42] = [
 /// that is of use.
 const CONTEXT_END: i16 = 84;
 
+/// Fields of an operation's code, and values of theirs (`include/uapi/linux/bpf_common.h`).
 const CLASS: u8 = 0x07;
+const OPERATION: u8 = 0xf0;
+const MOVE: u8 = 0xb0;
 const LD: u8 = 0x00;
 const LDX: u8 = 0x01;
 const ST: u8 = 0x02;
@@ -48,6 +51,9 @@ const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
 const JA: u8 = 0x05;
 const LD_IMM64: u8 = 0x18;
+const MOVE_64: u8 = 0xbf;
+const LOAD_64: u8 = 0x79;
+const STORE_64: u8 = 0x7b;
 
 /// Everything in an object that 4.19 does not take.
 fn violations(object: &[u8]) -> BTreeSet<String> {
@@ -71,17 +77,7 @@ fn violations(object: &[u8]) -> BTreeSet<String> {
     object.relocate_maps(references, &sections).unwrap();
     object.relocate_calls(&sections).unwrap();
     let program = &object.programs[PROGRAM_NAME];
-    let code = Code(&object.functions[&program.function_key()].instructions);
-    if code.0.len() > MAX_INSTRUCTIONS {
-        found.insert(format!("{} instructions", code.0.len()));
-    }
-    for at in code.starts() {
-        found.extend(code.unknown(at));
-    }
-    for entry in code.entries() {
-        code.walk(entry, &mut found);
-        code.look_at_context(entry, &mut found);
-    }
+    Code(&object.functions[&program.function_key()].instructions).look(&mut found);
     found
 }
 
@@ -89,6 +85,20 @@ fn violations(object: &[u8]) -> BTreeSet<String> {
 struct Code<'a>(&'a [bpf_insn]);
 
 impl Code<'_> {
+    /// Everything in it that 4.19 does not take.
+    fn look(&self, found: &mut BTreeSet<String>) {
+        if self.0.len() > MAX_INSTRUCTIONS {
+            found.insert(format!("{} instructions", self.0.len()));
+        }
+        for at in self.starts() {
+            found.extend(self.unknown(at));
+        }
+        for entry in self.entries() {
+            self.walk(entry, found);
+            self.look_at_context(entry, found);
+        }
+    }
+
     /// Where instructions start: some take two places.
     fn starts(&self) -> impl Iterator<Item = usize> {
         let mut next = 0;
@@ -122,7 +132,7 @@ impl Code<'_> {
         let (code, off, imm) = (instruction.code, instruction.off, instruction.imm);
         let source = instruction.src_reg();
         let mode = code & 0xe0;
-        let operation = code & 0xf0;
+        let operation = code & OPERATION;
         let is_known = match code & CLASS {
             // The number itself, or a map (BPF_PSEUDO_MAP_FD); not a place in a map's value.
             LD => code == LD_IMM64 && source <= 1,
@@ -180,8 +190,8 @@ impl Code<'_> {
         }
     }
 
-    /// Every function has the context as its first argument: follows it through registers and stack
-    /// to where something is read from it. Returns nothing of a copy that may be dead.
+    /// Every function has the context as its first argument, and gets it by no other: follows it
+    /// through registers and stack to where something is read from it.
     fn look_at_context(&self, entry: usize, found: &mut BTreeSet<String>) {
         let mut known: BTreeMap<usize, BTreeSet<Place>> = BTreeMap::new();
         let mut left = vec![(entry, BTreeSet::from([Place::Register(1)]))];
@@ -201,13 +211,10 @@ impl Code<'_> {
     /// Moves the context to where an instruction moves it.
     fn step(&self, at: usize, places: &mut BTreeSet<Place>) {
         const STACK: u8 = 10;
-        const MOVE: u8 = 0xbf;
-        const LOAD_64: u8 = 0x79;
-        const STORE_64: u8 = 0x7b;
         let instruction = &self.0[at];
         let (to, from) = (instruction.dst_reg(), instruction.src_reg());
         let copied = match instruction.code {
-            MOVE => Some((Place::Register(from), Place::Register(to))),
+            MOVE_64 => Some((Place::Register(from), Place::Register(to))),
             LOAD_64 if from == STACK => Some((Place::Stack(instruction.off), Place::Register(to))),
             STORE_64 if to == STACK => Some((Place::Register(from), Place::Stack(instruction.off))),
             _ => None,
@@ -223,15 +230,22 @@ impl Code<'_> {
         }
     }
 
-    /// What 4.19 does not have of what an instruction reads from the context.
+    /// What 4.19 does not have of what an instruction reads from the context, and whatever would
+    /// take the context out of sight here.
     fn of_context(&self, at: usize, places: &BTreeSet<Place>) -> Option<String> {
         let instruction = &self.0[at];
         let off = instruction.off;
+        let is_context = |register| places.contains(&Place::Register(register));
         match instruction.code & CLASS {
-            LDX if places.contains(&Place::Register(instruction.src_reg())) => {
+            JMP if self.is_call_of_own(at) => (!is_context(1) || (2..=5).any(is_context))
+                .then(|| "a call with the context as another argument than the first".to_owned()),
+            ALU | ALU64 if instruction.code & OPERATION != MOVE => {
+                is_context(instruction.dst_reg()).then(|| "arithmetic on the context".to_owned())
+            }
+            LDX if is_context(instruction.src_reg()) => {
                 (!(0..CONTEXT_END).contains(&off)).then(|| format!("__sk_buff at {off}"))
             }
-            ST | STX if places.contains(&Place::Register(instruction.dst_reg())) => {
+            ST | STX if is_context(instruction.dst_reg()) => {
                 Some(format!("writes __sk_buff at {off}"))
             }
             _ => None,
@@ -281,6 +295,60 @@ fn what_4_19_does_not_know_is_found() {
         assert!(found.contains(&format!("__sk_buff at {field}")), "{field} is not in {found:#?}");
     }
     assert!(found.iter().any(|it| it.starts_with("map EVENTS of type 27")), "{found:#?}");
+}
+
+/// The same look finds what the compiler has not made of our source so far.
+#[test]
+fn what_4_19_does_not_know_is_found_wherever_it_is() {
+    /// Code, destination, source, offset, number.
+    type Instruction = (u8, u8, u8, i16, i32);
+    const EXIT_: Instruction = (EXIT, 0, 0, 0, 0);
+    const LOAD_GSO_SIZE_INTO_0: fn(u8) -> Instruction = |from| (0x61, 0, from, 176, 0);
+    const FRAME: u8 = 10;
+    let found = |code: &[Instruction]| {
+        let instruction = |&(code, to, from, off, imm): &Instruction| {
+            let registers = bpf_insn::new_bitfield_1(to, from);
+            bpf_insn { code, _bitfield_align_1: [], _bitfield_1: registers, off, imm }
+        };
+        let code: Vec<_> = code.iter().map(instruction).collect();
+        let mut found = BTreeSet::new();
+        Code(&code).look(&mut found);
+        found.into_iter().collect::<Vec<_>>()
+    };
+    let nothing = (0xb7, 0, 0, 0, 0);
+    assert_eq!(found(&[nothing, EXIT_]), [""; 0]);
+    assert_eq!(found(&[vec![nothing; MAX_INSTRUCTIONS - 1], vec![EXIT_]].concat()), [""; 0]);
+    assert_eq!(
+        found(&[vec![nothing; MAX_INSTRUCTIONS], vec![EXIT_]].concat()),
+        ["4097 instructions"]
+    );
+    // if w0 == 0; if r0 == 0, backwards; goto backwards.
+    assert_eq!(found(&[nothing, (0x16, 0, 0, 0, 0), EXIT_]), ["JMP32"]);
+    assert_eq!(found(&[nothing, (0x15, 0, 0, -2, 0), EXIT_]), ["a loop"]);
+    assert_eq!(found(&[nothing, (JA, 0, 0, -2, 0)]), ["a loop"]);
+    // bpf_ringbuf_output; a place in a map's value; a fetch_add.
+    assert_eq!(found(&[(CALL, 0, 0, 0, 130), EXIT_]), ["helper 130"]);
+    for unknown in [(LD_IMM64, 1, 2, 0, 0), (0xdb, FRAME, 1, -8, 1)] {
+        let rest = [(0, 0, 0, 0, 0), EXIT_];
+        let rest = if unknown.0 == LD_IMM64 { &rest[..] } else { &rest[1..] };
+        let found = found(&[&[unknown], rest].concat());
+        assert!(found.len() == 1 && found[0].starts_with("instruction "), "{found:?}");
+    }
+    // The context by its own register, by a copy, from the stack, and where it is out of sight.
+    let copy = (MOVE_64, 7, 1, 0, 0);
+    let (store, load) = ((STORE_64, FRAME, 1, -8, 0), (LOAD_64, 8, FRAME, -8, 0));
+    for way in [
+        &[LOAD_GSO_SIZE_INTO_0(1)][..],
+        &[copy, LOAD_GSO_SIZE_INTO_0(7)],
+        &[store, load, LOAD_GSO_SIZE_INTO_0(8)],
+    ] {
+        assert_eq!(found(&[way, &[EXIT_]].concat()), ["__sk_buff at 176"]);
+    }
+    assert_eq!(found(&[(0x07, 1, 0, 0, 176), EXIT_]), ["arithmetic on the context"]);
+    let call = (CALL, 0, 1, 0, 1);
+    let second = found(&[(MOVE_64, 2, 1, 0, 0), call, EXIT_, nothing, EXIT_]);
+    assert_eq!(second, ["a call with the context as another argument than the first"]);
+    assert_eq!(found(&[call, EXIT_, LOAD_GSO_SIZE_INTO_0(1), EXIT_]), ["__sk_buff at 176"]);
 }
 
 /// That of 4.19 prunes at every jump and is done sooner; from 5.2 on a million may be walked.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use vxcsum_tests::client::Socket;
 use vxcsum_tests::daemon::{Daemon, binary};
+use vxcsum_tests::kernel;
 use vxcsum_tests::lab::{Lab, LabConfig, NIC};
 use vxcsum_tests::netns::NetNs;
 use vxcsum_tests::storm::{Packet, SOURCE_PORTS};
@@ -17,6 +18,8 @@ use vxcsum_tests::wait::wait_until;
 const PLENTY: Duration = Duration::from_secs(5);
 /// `CAP_NET_ADMIN` (12), `CAP_PERFMON` (38) and `CAP_BPF` (39).
 const KEPT: u64 = 1 << 12 | 1 << 38 | 1 << 39;
+/// The same as setpriv names them.
+const THREE: &str = "+bpf,+perfmon,+net_admin";
 const NOBODY: u32 = 65534;
 
 fn lab() -> Result<Lab> {
@@ -102,7 +105,11 @@ fn three_capabilities_are_enough_to_go_on() -> Result<()> {
 
 /// Another user with only these capabilities, as a service manager would grant them.
 fn as_nobody_with(ns: &NetNs, socket: &Socket, capabilities: &str) -> Result<Daemon> {
-    let mut command = ns.command("setpriv");
+    launch_as_nobody(ns.command("setpriv"), socket, capabilities)
+}
+
+fn launch_as_nobody(setpriv: Command, socket: &Socket, capabilities: &str) -> Result<Daemon> {
+    let mut command = setpriv;
     command.args([&format!("--reuid={NOBODY}"), &format!("--regid={NOBODY}"), "--clear-groups"]);
     command
         .args([&format!("--inh-caps={capabilities}"), &format!("--ambient-caps={capabilities}")]);
@@ -120,7 +127,7 @@ fn another_user_with_three_capabilities() -> Result<()> {
     let lab = lab()?;
     let socket = Socket::new()?;
     give_folder_to_nobody(&socket)?;
-    let daemon = as_nobody_with(&lab.a, &socket, "+bpf,+perfmon,+net_admin")?;
+    let daemon = as_nobody_with(&lab.a, &socket, THREE)?;
     daemon.wait_watching()?;
     wait_until("the daemon answers", PLENTY, || Ok(socket.status().is_ok()))?;
     sees_a_broken_packet(&lab, &socket, &daemon)?;
@@ -141,6 +148,29 @@ fn another_user_with_three_capabilities() -> Result<()> {
     assert_eq!(ended.code, Some(0), "{ended:?}");
     daemon.stop()?;
     assert!(!socket.path().exists(), "the socket's file stays");
+    Ok(())
+}
+
+/// Linux before 5.11 counts BPF maps as locked memory, and these capabilities do not raise its limit.
+#[test]
+fn little_locked_memory() -> Result<()> {
+    let lab = lab()?;
+    let socket = Socket::new()?;
+    give_folder_to_nobody(&socket)?;
+    let mut setpriv = lab.a.command("prlimit");
+    setpriv.args(["--memlock=65536", "setpriv"]);
+    let daemon = launch_as_nobody(setpriv, &socket, THREE)?;
+    if kernel::version()? >= (5, 11) {
+        daemon.wait_watching()?;
+        daemon.stop()?;
+        return Ok(());
+    }
+    let ended = daemon.wait_end(PLENTY)?;
+    assert_eq!(ended.code, Some(2), "{ended:?}");
+    let last = ended.stderr.lines().last().unwrap_or_default();
+    for part in ["locked memory", "64 KiB", "LimitMEMLOCK=infinity"] {
+        assert!(last.contains(part), "{part:?} is not in {last:?}");
+    }
     Ok(())
 }
 

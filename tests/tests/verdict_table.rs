@@ -10,13 +10,14 @@ mod wire;
 
 use std::collections::BTreeSet;
 
-use test_run::{Kernel, Outcome, TestRun, Way, hex, in_user_space, right_sum};
+use test_run::{Kernel, Outcome, TestRun, Way, in_user_space};
 use vxcsum::program::Program;
 use vxcsum::transport::Transport;
 use vxcsum_common::layout::{SEEN_SUM, SEEN_ZERO};
 use vxcsum_common::{Offload, Policy, Verdict};
 use vxcsum_tests::cases::{self, After, Broken, Case, Expected, Known, PORT};
-use vxcsum_tests::packets::UDP_CHECK;
+use vxcsum_tests::oracle::right_sum;
+use vxcsum_tests::packets::{UDP_CHECK, hex};
 use wire::Wire;
 
 /// Compares, and returns what is wrong.

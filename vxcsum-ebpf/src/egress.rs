@@ -11,6 +11,7 @@ use crate::count::counters;
 use crate::maps::Known;
 use crate::quick::Stuck;
 use crate::skb::Skb;
+use crate::thorough::ANYWHERE;
 use crate::{quick, thorough};
 
 /// Runs for every packet that leaves through the interface.
@@ -26,10 +27,12 @@ fn vxcsum_egress(ctx: TcContext) -> i32 {
 fn examine(ctx: *mut __sk_buff) -> Option<()> {
     let known = Known::get()?;
     let counters = counters()?;
-    match quick::examine(Skb::new(ctx, known), known, counters) {
-        Ok(()) => {}
-        Err(Stuck::Anywhere) => _ = thorough::examine(ctx),
-        Err(Stuck::At(at)) => _ = thorough::judge(ctx, at.to_bits()),
+    if let Err(stuck) = quick::examine(Skb::new(ctx, known), known, counters) {
+        let at = match stuck {
+            Stuck::Anywhere => ANYWHERE,
+            Stuck::At(at) => at.to_bits(),
+        };
+        thorough::examine(ctx, at);
     }
     Some(())
 }

@@ -3,9 +3,10 @@
 //!
 //! Its steps are global functions, by the BTF of the object: the verifier walks each once, for any
 //! arguments, instead of once more for every state in which another part of the program calls it.
-//! Arguments and results are scalars for that reason. They are called one after the other rather than
-//! by each other, because their stacks add up. The object for old kernels has no BTF, and those know
-//! nothing of the kind: there each call is walked in its place.
+//! Arguments and results are scalars for that reason. They do not call each other, because their stacks
+//! add up, and they are few, because a call costs more than many steps where the processor needs a
+//! defence against speculation. The object for old kernels has no BTF, and those know nothing of the
+//! kind: there each call is walked in its place.
 
 use aya_ebpf::bindings::__sk_buff;
 use vxcsum_common::layout::{Action, Report};
@@ -18,47 +19,91 @@ use crate::maps::Known;
 use crate::skb::Skb;
 use crate::{broken, follow};
 
+/// Instead of a [`Location`]: it is to be found.
+pub(crate) const ANYWHERE: u64 = 0;
 /// Instead of a result: a header is out of reach.
 const CUT: u64 = u64::MAX;
 /// The same, in a packet to a watched port.
 const CUT_VXLAN: u64 = CUT - 1;
 /// Result of [`locate`].
 const NOT_VXLAN: u64 = CUT - 2;
-/// Result of [`by_outer`]: [`by_inner`] is to be asked.
-const OPEN: u64 = 1 << 63;
-/// Where [`by_outer`] has the policy in its result, above an [`Answer`].
-const POLICY_SHIFT: u32 = 32;
 
-/// Examines and counts a packet.
+/// Examines and counts a packet whose VXLAN header is at this [`Location`], or [`ANYWHERE`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn examine(ctx: *mut __sk_buff) -> u64 {
-    let Some(known) = Known::get() else { return 0 };
-    let take = |number| known.oblivion.take(number);
-    match take(reaching(ctx, || locate(ctx))) {
-        CUT | NOT_VXLAN => not_vxlan(),
-        CUT_VXLAN => unverified(ctx),
-        at => judge(ctx, at),
+pub(crate) extern "C" fn examine(ctx: *mut __sk_buff, at: u64) -> u64 {
+    let (Some(known), Some(counters)) = (Known::get(), counters()) else { return 0 };
+    let at = if at == ANYWHERE { reaching(ctx, || locate(ctx)) } else { at };
+    let at = known.oblivion.take(at);
+    let told = match at {
+        CUT | NOT_VXLAN => {
+            counters.not_vxlan += 1;
+            return 0;
+        }
+        CUT_VXLAN => Told::of(Verdict::Unverified),
+        at => judge(ctx, known, at),
+    };
+    // An event tells enough.
+    if known.config().following != 0 && at != CUT_VXLAN && told.report != Report::Emitted as u64 {
+        reaching(ctx, || followed(ctx, at, told.verdict as u32, told.action as u32));
+    }
+    count(&Skb::new(ctx, known), told.verdict, told.report, counters);
+    0
+}
+
+/// What was found of a packet, and what was done with it, by their codes.
+struct Told {
+    verdict: u64,
+    report: u64,
+    action: u64,
+}
+
+impl Told {
+    /// Nothing was done.
+    #[inline(always)]
+    const fn of(verdict: Verdict) -> Self {
+        Self { verdict: verdict as u64, report: Report::None as u64, action: Action::None as u64 }
+    }
+
+    /// In one register.
+    #[inline(always)]
+    const fn to_bits(&self) -> u64 {
+        self.verdict | self.report << 8 | self.action << 16
+    }
+
+    /// From one register.
+    #[inline(always)]
+    const fn from_bits(bits: u64) -> Self {
+        Self { verdict: bits & 0xff, report: bits >> 8 & 0xff, action: bits >> 16 & 0xff }
     }
 }
 
-/// Gives a VXLAN packet, found at this [`Location`], its verdict, and counts it.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub(crate) extern "C" fn judge(ctx: *mut __sk_buff, at: u64) -> u64 {
-    let Some(known) = Known::get() else { return 0 };
-    let by_outer = known.oblivion.take(by_outer(ctx, at));
-    let policy = (by_outer >> POLICY_SHIFT) as u8;
-    let mut answer = by_outer;
-    if answer & OPEN != 0 {
-        answer = reaching(ctx, || by_inner(ctx, at, policy.into()));
-        if answer == CUT {
-            answer = Answer::of(AnswerKind::Unknown).to_bits();
+/// Gives a VXLAN packet its verdict.
+#[inline(always)]
+fn judge(ctx: *mut __sk_buff, known: Known, at: u64) -> Told {
+    let location = Location::from_bits(at);
+    let skb = Skb::new(ctx, known);
+    // Neither can fail: these headers were just seen, and the port with them.
+    let Ok(outer) = Outer::read(&skb, location) else { return Told::of(Verdict::Unverified) };
+    let Some(port) = known.port(outer.destination_port) else {
+        return Told::of(Verdict::Unverified);
+    };
+    let policy = known.policy(port, outer.vni, location.is_ipv6);
+    let policy = known.oblivion.pass(policy, |it| it as u64, |bits| Policy::from_u8(bits as u8));
+    let answer = match verdict::by_outer(&skb, &outer) {
+        Some(answer) => answer.to_bits(),
+        None => match reaching(ctx, || by_inner(ctx, at, policy as u32)) {
+            CUT => Answer::of(AnswerKind::Unknown).to_bits(),
+            answer => answer,
+        },
+    };
+    let answer = known.oblivion.take(answer);
+    match Answer::from_bits(answer).verdict(policy) {
+        Some(verdict) => {
+            port.learn(verdict, location.is_ipv6);
+            Told::of(verdict)
         }
-    }
-    match Answer::from_bits(answer).verdict(Policy::from_u8(policy)) {
-        Some(verdict) => settled(ctx, at, verdict as u32),
-        None => broken(ctx, at, answer, policy.into()),
+        None => Told::from_bits(broken(ctx, at, answer, policy as u32)),
     }
 }
 
@@ -82,21 +127,6 @@ extern "C" fn locate(ctx: *mut __sk_buff) -> u64 {
     }
 }
 
-/// [`verdict::by_outer`] in a register, with the policy of the sender.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn by_outer(ctx: *mut __sk_buff, at: u64) -> u64 {
-    let Some(known) = Known::get() else { return 0 };
-    let skb = Skb::new(ctx, known);
-    // Cannot fail: `locate` has just seen these headers.
-    let Ok(outer) = Outer::read(&skb, Location::from_bits(at)) else { return 0 };
-    let policy = known
-        .port(outer.destination_port)
-        .map_or(Policy::Unknown, |port| known.policy(port, outer.vni, outer.at.is_ipv6));
-    let answer = verdict::by_outer(&skb, &outer).map_or(OPEN, Answer::to_bits);
-    answer | (policy as u64) << POLICY_SHIFT
-}
-
 /// [`verdict::by_inner`] in a register.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -108,44 +138,7 @@ extern "C" fn by_inner(ctx: *mut __sk_buff, at: u64, policy: u32) -> u64 {
     answer.map_or(CUT, Answer::to_bits)
 }
 
-#[inline(always)]
-fn not_vxlan() -> u64 {
-    if let Some(counters) = counters() {
-        counters.not_vxlan += 1;
-    }
-    0
-}
-
-#[inline(always)]
-fn unverified(ctx: *mut __sk_buff) -> u64 {
-    if let (Some(known), Some(counters)) = (Known::get(), counters()) {
-        let (verdict, report) = (Verdict::Unverified, Report::None);
-        count(&Skb::new(ctx, known), verdict as u64, report as u64, counters);
-    }
-    0
-}
-
-/// Counts and learns from a packet that is not broken, and tells of it where its inner flow is
-/// followed.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn settled(ctx: *mut __sk_buff, at: u64, verdict: u32) -> u64 {
-    let (Some(known), Some(counters)) = (Known::get(), counters()) else { return 0 };
-    if known.config().following != 0 {
-        reaching(ctx, || followed(ctx, at, verdict, Action::None as u32));
-    }
-    let skb = Skb::new(ctx, known);
-    count(&skb, verdict.into(), Report::None as u64, counters);
-    let at = Location::from_bits(at);
-    if let Ok(outer) = Outer::read(&skb, at)
-        && let Some(port) = known.port(outer.destination_port)
-    {
-        port.learn(verdict_of(verdict.into()), at.is_ipv6);
-    }
-    0
-}
-
-/// Explains, counts, reports and fixes a broken packet.
+/// Explains, reports and fixes a broken packet. Returns [`Told`] in a register.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn broken(ctx: *mut __sk_buff, at: u64, answer: u64, policy: u32) -> u64 {
@@ -164,13 +157,8 @@ extern "C" fn broken(ctx: *mut __sk_buff, at: u64, answer: u64, policy: u32) -> 
     } else {
         (Report::None, Action::None)
     };
-    let (report, action) = (oblivion.take(report as u64), oblivion.take(action as u64));
-    // An event tells enough.
-    if known.config().following != 0 && report != Report::Emitted as u64 {
-        followed(ctx, at, finding.verdict as u32, action as u32);
-    }
-    count(&skb, finding.verdict as u64, report, counters);
-    0
+    let verdict = finding.verdict as u64;
+    oblivion.take(Told { verdict, report: report as u64, action: action as u64 }.to_bits())
 }
 
 /// [`follow::tell`] of a packet without an event.

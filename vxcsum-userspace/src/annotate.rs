@@ -10,9 +10,9 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::cause::{Explainer, without_rules};
 use crate::event::Direction;
+use crate::memory;
 use crate::netfilter;
 use crate::news::News;
-use crate::supervisor::give_back_memory;
 
 /// How old rules may be that packets are explained by.
 const FRESH: Duration = Duration::from_secs(5);
@@ -56,7 +56,7 @@ pub async fn annotate(
             () = sleep_until(deadline), if !waiting.is_empty() || rules.explainer.is_some() => {
                 if waiting.is_empty() {
                     rules.explainer = None;
-                    give_back_memory();
+                    memory::give_back();
                 }
             }
         }
@@ -146,7 +146,7 @@ impl Rules {
             } else {
                 tracing::warn!("reading rules failed");
             }
-            give_back_memory();
+            memory::give_back();
         }
     }
 

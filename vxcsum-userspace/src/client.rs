@@ -16,8 +16,8 @@ use vxcsum_common::layout::FixMode;
 use crate::cause::Narrator;
 use crate::event::Event;
 use crate::protocol::{Command, Filter, Notice};
-use crate::run::write_json;
 use crate::stalls;
+use crate::stdio::{self, write_json};
 use crate::summary::Summary;
 
 /// Between the two looks that a rate is made of.
@@ -68,7 +68,11 @@ impl Daemon {
         })?;
         let mut line = serde_json::to_vec(command)?;
         line.push(b'\n');
-        (&stream).write_all(&line).context("cannot ask the daemon")?;
+        match (&stream).write_all(&line) {
+            // It has turned us away already, and what it has said about that is there to be read.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            other => other.context("cannot ask the daemon")?,
+        }
         Ok(Self { stream: BufReader::new(stream) })
     }
 
@@ -125,11 +129,11 @@ pub fn tail(socket: &Path, filter: Filter, limit: Option<u64>, json: bool) -> Re
             Said::Event(event) => narrator.write(&mut out, &event),
             Said::Stall(line) => writeln!(out, "{line}"),
             Said::Notice(Notice::Missed(count)) => {
-                eprintln!("vxcsum: too slow, {count} events were missed");
+                stdio::say(format_args!("too slow, {count} events were missed"));
                 continue;
             }
             Said::Notice(Notice::MissedStalls(count)) => {
-                eprintln!("vxcsum: too slow, {count} lines about stalls were missed");
+                stdio::say(format_args!("too slow, {count} lines about stalls were missed"));
                 continue;
             }
             _ => continue,
@@ -147,7 +151,7 @@ pub fn tail(socket: &Path, filter: Filter, limit: Option<u64>, json: bool) -> Re
 pub fn status(socket: &Path, json: bool) -> Result<()> {
     let first = summary(socket)?;
     let mut out = io::stdout().lock();
-    let written = if json {
+    let outcome = if json {
         write_json(&mut out, &first)
     } else {
         let start = Instant::now();
@@ -155,10 +159,7 @@ pub fn status(socket: &Path, json: bool) -> Result<()> {
         let second = summary(socket)?;
         writeln!(out, "{}", second.table(&first, start.elapsed()))
     };
-    match written {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        other => other.context("cannot write to standard output"),
-    }
+    stdio::written(outcome)
 }
 
 fn summary(socket: &Path) -> Result<Summary> {
@@ -172,8 +173,7 @@ fn summary(socket: &Path) -> Result<Summary> {
 pub fn fix(socket: &Path, mode: FixMode) -> Result<()> {
     match Daemon::ask(socket, &Command::Fix { mode })?.next(false)? {
         Some((_, Said::Notice(Notice::Fix(mode)))) => {
-            println!("fix {}", mode.as_str());
-            Ok(())
+            stdio::print(format_args!("fix {}", mode.as_str()))
         }
         _ => bail!("the daemon did not answer"),
     }

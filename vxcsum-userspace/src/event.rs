@@ -6,7 +6,6 @@ use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use clap::ValueEnum;
-use nix::time::{ClockId, clock_gettime};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vxcsum_common::layout::{self, Action};
@@ -15,6 +14,7 @@ use vxcsum_common::verdict::Watch;
 use vxcsum_common::{Captured, Cut, Device, Packet as _, Policy, Proof, Verdict, inner};
 
 use crate::cause::Cause;
+use crate::clock;
 use crate::names;
 use crate::plan::Plan;
 use crate::stalls::Trace;
@@ -73,7 +73,7 @@ pub struct Event {
     pub out_interface: Option<String>,
     /// Its JSON, once somebody has asked for it.
     #[serde(skip)]
-    pub json: OnceLock<String>,
+    pub json: OnceLock<Box<str>>,
 }
 
 /// Who saw the packet: the node that sent it, on its way out, or the node that dropped it for its
@@ -225,7 +225,7 @@ impl Source {
             _ => None,
         };
         Some(Event {
-            time: wall_clock(Duration::from_nanos(raw.boot_ns)),
+            time: clock::time_of_day(Duration::from_nanos(raw.boot_ns)),
             direction: Direction::Egress,
             interface: self.interface.clone(),
             device: self.plan.device_name(port, vni).map(str::to_owned),
@@ -282,7 +282,7 @@ impl Event {
     /// Its JSON, which is written once for all who want it: ask when it does not change any more.
     pub fn json(&self) -> &str {
         // Has no maps with keys other than strings, and none of its own code fails.
-        self.json.get_or_init(|| serde_json::to_string(self).unwrap_or_default())
+        self.json.get_or_init(|| serde_json::to_string(self).unwrap_or_default().into())
     }
 
     /// The other node.
@@ -391,19 +391,6 @@ pub(crate) fn addresses(
         let ipv4 = |offset| Ok(Ipv4Addr::from_bits(packet.header::<4>(offset)?.be32::<0>()).into());
         Ok((ipv4(ip + 12)?, ipv4(ip + 16)?))
     }
-}
-
-/// The time of day of an instant of `CLOCK_BOOTTIME`. Clocks are compared now, so that a step of
-/// the time of day since start does not matter.
-pub(crate) fn wall_clock(boot: Duration) -> SystemTime {
-    let now = SystemTime::now();
-    let age = boot_clock().saturating_sub(boot);
-    now.checked_sub(age).unwrap_or(now)
-}
-
-/// `CLOCK_BOOTTIME`.
-pub(crate) fn boot_clock() -> Duration {
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 
 /// `10:31:02.832436Z`, for people.

@@ -13,8 +13,12 @@ use crate::cli::LogFormat;
 
 /// Starts to log. Once in a process.
 pub fn start(format: LogFormat) {
-    let builder =
-        tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(Level::DEBUG);
+    // Whatever cannot be written to standard error cannot be complained about there either: trying
+    // that is a panic.
+    let builder = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(Level::DEBUG)
+        .log_internal_errors(false);
     match format {
         LogFormat::Json => builder.json().flatten_event(true).with_target(false).init(),
         LogFormat::Text => {

@@ -6,8 +6,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use tokio::runtime::Runtime;
+use vxcsum::attach::chain;
 use vxcsum::cli::{Cli, Command};
-use vxcsum::{check, client, doctor, logging, run};
+use vxcsum::{check, client, doctor, logging, run, stdio};
 
 /// Wrong usage, or it cannot run.
 const CANNOT_RUN: u8 = 2;
@@ -16,7 +17,7 @@ fn main() -> ExitCode {
     match execute(Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("vxcsum: {error:#}");
+            stdio::say(chain(error.as_ref()));
             ExitCode::from(CANNOT_RUN)
         }
     }
@@ -28,8 +29,8 @@ fn execute(cli: Cli) -> Result<ExitCode> {
             let (options, path) = args.options()?;
             if args.check_config {
                 match path {
-                    Some(path) => println!("{}: all well", path.display()),
-                    None => println!("there is no configuration file: all well"),
+                    Some(path) => stdio::print(format_args!("{}: all well", path.display()))?,
+                    None => stdio::print("there is no configuration file: all well")?,
                 }
                 return Ok(ExitCode::SUCCESS);
             }

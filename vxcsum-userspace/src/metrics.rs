@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -18,18 +19,21 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::sleep;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
 use vxcsum_common::Verdict;
 use vxcsum_common::layout::Report;
 
 use crate::receive;
-use crate::server::{Metered, Request};
+use crate::server::{Metered, Request, Trouble};
 use crate::stalls::Totals;
 use crate::supervisor::Counted;
 
-/// A scraper that says nothing is not waited for longer.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// For a scraper to ask, and to take its answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Scrapers at the same time; others wait. Whoever reaches the port is one, and may not take all file
+/// descriptors.
+const MAX_SCRAPERS: usize = 64;
 
 /// Answers scrapes from now on.
 pub async fn serve(address: SocketAddr, requests: mpsc::Sender<Request>) -> Result<()> {
@@ -37,22 +41,27 @@ pub async fn serve(address: SocketAddr, requests: mpsc::Sender<Request>) -> Resu
         .await
         .with_context(|| format!("cannot serve metrics on {address}"))?;
     tokio::spawn(async move {
+        let places = Arc::new(Semaphore::new(MAX_SCRAPERS));
+        let mut trouble = Trouble::new("cannot accept a scraper");
         loop {
+            // Never closed.
+            let Ok(place) = places.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => {
+                    trouble.is_over();
                     let requests = requests.clone();
                     let service = service_fn(move |request| answer(request, requests.clone()));
                     let connection = hyper::server::conn::http1::Builder::new()
                         .timer(TokioTimer::new())
-                        .header_read_timeout(HEADER_TIMEOUT)
+                        .keep_alive(false)
                         .serve_connection(TokioIo::new(stream), service);
-                    // A scraper that goes away or speaks no HTTP is no concern of ours.
-                    tokio::spawn(async { _ = connection.await });
+                    tokio::spawn(async move {
+                        // A scraper that goes away or speaks no HTTP is no concern of ours.
+                        let _ = timeout(PATIENCE, connection).await;
+                        drop(place);
+                    });
                 }
-                Err(error) => {
-                    tracing::warn!("cannot accept a scraper: {error}");
-                    sleep(Duration::from_secs(1)).await;
-                }
+                Err(error) => trouble.wait(&error).await,
             }
         }
     });

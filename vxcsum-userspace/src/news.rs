@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::event::{Event, boot_clock};
+use crate::clock;
+use crate::event::Event;
 use crate::stalls::{self, Stalls};
 use crate::supervisor::Record;
 
@@ -64,7 +65,7 @@ pub async fn observe(
                 }
                 None => return,
             },
-            _ = look.tick() => (None, lock(&stalls).expire(boot_clock())),
+            _ = look.tick() => (None, lock(&stalls).expire(clock::boot())),
         };
         let lines = lines.into_iter().map(|line| News::Stall(Arc::new(line)));
         for item in event.into_iter().map(News::Event).chain(lines) {

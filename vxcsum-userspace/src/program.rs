@@ -1,6 +1,7 @@
 //! The BPF program of one interface: loading, its maps, and what it has counted.
 
 use std::collections::HashSet;
+use std::error;
 use std::io;
 use std::num::NonZero;
 use std::os::fd::AsFd as _;
@@ -8,8 +9,11 @@ use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerfEventArray, RingBuf};
-use aya::programs::{ProgramError, SchedClassifier};
+use aya::maps::{
+    Array, HashMap, Map, MapData, MapError, MapType, PerCpuArray, PerfEventArray, RingBuf,
+};
+use aya::programs::{ProgramError, ProgramType, SchedClassifier};
+use aya::sys::{is_map_supported, is_program_supported};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use thiserror::Error;
 use vxcsum_common::Device;
@@ -34,12 +38,21 @@ pub enum LoadError {
         "not permitted to load BPF: run as root or grant CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
     )]
     NotPermitted,
+    /// With the privilege; what else may be in the way.
+    #[error(
+        "not permitted to load BPF although all capabilities are there: a seccomp filter, a security \
+         module or a user namespace forbids it{0}"
+    )]
+    Forbidden(String),
     /// Without the system call.
     #[error(
         "this kernel has no BPF (the bpf system call is not there): vxcsum needs Linux 4.19 or \
          newer built with CONFIG_BPF_SYSCALL"
     )]
     NoBpf,
+    /// With the smallest that there are.
+    #[error("the kernel takes no BPF {0}: {1}")]
+    Refused(&'static str, #[source] Box<dyn error::Error + Send + Sync>),
     /// The object or a map of it was refused.
     #[error("cannot load the BPF object: {0}")]
     Object(#[source] EbpfError),
@@ -60,6 +73,15 @@ pub enum LoadError {
         /// Why not.
         source: MapError,
     },
+}
+
+/// Refuses to go on where the kernel takes neither maps nor programs. What is tried later would fail
+/// as well, and be taken for a feature that is missing.
+pub fn check_bpf() -> Result<(), LoadError> {
+    is_map_supported(MapType::Array).map_err(|error| LoadError::refused("maps", error))?;
+    is_program_supported(ProgramType::SchedClassifier)
+        .map_err(|error| LoadError::refused("programs", error))?;
+    Ok(())
 }
 
 /// How to load.
@@ -312,6 +334,10 @@ fn second_handle(ebpf: &Ebpf, name: &'static str) -> Result<Map, LoadError> {
 }
 
 impl LoadError {
+    fn refused(what: &'static str, error: impl error::Error + Send + Sync + 'static) -> Self {
+        Self::by_cause(&error).unwrap_or_else(|| Self::Refused(what, error.into()))
+    }
+
     pub(crate) fn of_object(error: EbpfError) -> Self {
         Self::by_cause(&error).unwrap_or(Self::Object(error))
     }
@@ -331,12 +357,25 @@ impl LoadError {
         Self::Program(format!("{io_error}; the verifier's last words:\n{last}"))
     }
 
-    /// Names the two causes that have nothing to do with the object.
-    fn by_cause(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
+    /// That privileges are missing shows before anything is loaded.
+    fn forbidden() -> Self {
+        let limit = rlimit::Resource::MEMLOCK.get_soft().ok();
+        let limit = limit.filter(|&limit| limit < rlimit::INFINITY).map(|limit| {
+            format!(
+                ", or the kernel is older than 5.11 and the {} KiB of locked memory that are allowed \
+                 are too few (`ulimit -l unlimited`, LimitMEMLOCK=infinity)",
+                limit / 1024
+            )
+        });
+        Self::Forbidden(limit.unwrap_or_default())
+    }
+
+    /// Names the causes that have nothing to do with the object.
+    fn by_cause(error: &(dyn error::Error + 'static)) -> Option<Self> {
         let mut cause = Some(error);
         while let Some(error) = cause {
             match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-                Some(libc::EPERM) => return Some(Self::NotPermitted),
+                Some(libc::EPERM) => return Some(Self::forbidden()),
                 Some(libc::ENOSYS) => return Some(Self::NoBpf),
                 _ => cause = error.source(),
             }

@@ -1,7 +1,6 @@
 //! `vxcsum run`: the daemon, in the foreground as service managers want it.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -10,21 +9,22 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use sd_notify::NotifyState;
-use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::annotate::annotate;
-use crate::cause::Narrator;
 use crate::changes;
 use crate::cli::{LogFormat, UsageError};
-use crate::event::boot_clock;
+use crate::clock;
 use crate::kernel::{self, Kernel};
 use crate::links::sent_packets;
+use crate::memory;
 use crate::metrics;
-use crate::news::{Channels, News, distribute, lock, observe};
+use crate::news::{Channels, distribute, lock, observe};
+use crate::printer::{Line, print};
 use crate::privileges::{check_privileges, drop_privileges};
+use crate::program::check_bpf;
 use crate::server::{self, Metered, Request, Server};
 use crate::stalls::Stalls;
 use crate::summary::Summary;
@@ -62,6 +62,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// Runs until SIGINT or SIGTERM, or until nobody reads what it prints. On SIGHUP, `reread` tells what
 /// to run from then on.
 pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageError>) -> Result<()> {
+    memory::keep_little();
     let current = options.clone();
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -69,6 +70,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     raise_memlock_limit();
 
     check_privileges()?;
+    check_bpf()?;
     // What needs more privileges than it goes on with comes first, and threads come later: they
     // inherit what is left.
     let server = Server::bind(&options.socket)?;
@@ -140,7 +142,7 @@ pub async fn run(options: Options, reread: impl Fn() -> Result<Options, UsageErr
     for task in telling {
         task.await.context("cannot hand on events")?;
     }
-    let stalls = lock(&stalls).overview(boot_clock());
+    let stalls = lock(&stalls).overview(clock::boot());
     let summary = Summary::new(fix, &kernel, counted).with_stalls(stalls);
     // Fails when nobody reads any more, which ends quietly.
     let _ = to_printer.send(Line::Summary(Box::new(summary))).await;
@@ -182,7 +184,7 @@ async fn answer(request: Request, supervisor: &mut Supervisor, stalls: &Mutex<St
             // Only tells whether the program is starved: counters are there without it.
             let sent = sent_packets().await.unwrap_or_default();
             let summary = supervisor.counted(&sent).map(|it| {
-                let stalls = lock(stalls).overview(boot_clock());
+                let stalls = lock(stalls).overview(clock::boot());
                 Summary::new(supervisor.fix(), supervisor.kernel(), it).with_stalls(stalls)
             });
             let _ = reply.send(summary);
@@ -196,63 +198,6 @@ async fn answer(request: Request, supervisor: &mut Supervisor, stalls: &Mutex<St
         }
         Request::Fix(mode, reply) => _ = reply.send(supervisor.set_fix(mode)),
     }
-}
-
-/// What goes to standard output.
-enum Line {
-    News(News),
-    Summary(Box<Summary>),
-}
-
-impl From<News> for Line {
-    fn from(news: News) -> Self {
-        Self::News(news)
-    }
-}
-
-/// Writes what comes, and flushes whenever nothing more is waiting. In a thread of its own: a
-/// reader that stops reading must not keep signals from being handled.
-fn print(mut queue: mpsc::Receiver<Line>, json: bool) -> io::Result<()> {
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    let mut narrator = Narrator::default();
-    while let Some(line) = queue.blocking_recv() {
-        let mut written = write_line(&mut out, &line, json, &mut narrator);
-        if queue.is_empty() {
-            written = written.and_then(|()| out.flush());
-        }
-        match written {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
-            other => other?,
-        }
-    }
-    Ok(())
-}
-
-fn write_line(
-    out: &mut impl io::Write,
-    line: &Line,
-    json: bool,
-    narrator: &mut Narrator,
-) -> io::Result<()> {
-    match line {
-        Line::News(News::Event(event)) if json => writeln!(out, "{}", event.json()),
-        Line::News(News::Event(event)) => narrator.write(out, event),
-        Line::News(News::Stall(line)) if json => write_json(out, line.as_ref()),
-        Line::News(News::Stall(line)) => writeln!(out, "{line}"),
-        Line::Summary(summary) if json => write_json(out, &SummaryLine { summary }),
-        Line::Summary(summary) => writeln!(out, "{summary}"),
-    }
-}
-
-#[derive(Serialize)]
-struct SummaryLine<'a> {
-    summary: &'a Summary,
-}
-
-/// One JSON object on a line of its own.
-pub(crate) fn write_json(out: &mut impl io::Write, value: &impl Serialize) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, value)?;
-    out.write_all(b"\n")
 }
 
 /// Kernels before 5.11 charge maps against a limit that is 64 KiB by default. Where it may not be

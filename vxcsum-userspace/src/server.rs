@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use futures_util::{SinkExt as _, StreamExt as _};
 use nix::unistd::{Group, chown, getegid};
 use serde::Serialize;
@@ -26,8 +26,13 @@ use crate::supervisor::Counts;
 /// Where the daemon listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/vxcsum/vxcsum.sock";
 
-/// Clients at the same time; one more is told so and turned away.
+/// Clients at the same time; one more is told so and turned away. Fewer where files may not be opened
+/// that many.
 pub const MAX_CLIENTS: usize = 1024;
+/// Open files that clients leave to the rest: interfaces that come, rules that are read, scrapers.
+const RESERVED_FILES: usize = 256;
+/// Longest path of a socket in bytes (unix(7)): one more for its end are the 108 of `sun_path`.
+const MAX_PATH_LEN: usize = 107;
 /// For a client to say what it wants, and to take what it asked for.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -99,8 +104,13 @@ impl Server {
             ),
             None => None,
         };
+        ensure!(
+            path.as_os_str().len() <= MAX_PATH_LEN,
+            "a socket's path has at most {MAX_PATH_LEN} bytes"
+        );
         if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot make the folder {}", folder.display()))?;
         }
         remove_stale(path)?;
         let listener = UnixListener::bind(path)?;
@@ -116,17 +126,18 @@ impl Server {
 
     /// Serves clients, each in a task of its own, so that none waits for another.
     pub async fn serve(self, requests: mpsc::Sender<Request>, channels: Channels) {
-        let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+        let max_clients = max_clients();
+        let places = Arc::new(Semaphore::new(max_clients));
+        let mut trouble = Trouble::new("cannot accept a client");
         loop {
             let stream = match self.listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    // Out of file descriptors, most likely: some may be free again soon.
-                    tracing::warn!("cannot accept a client: {error}");
-                    sleep(Duration::from_secs(1)).await;
+                    trouble.wait(&error).await;
                     continue;
                 }
             };
+            trouble.is_over();
             let client = Client {
                 is_root: stream.peer_cred().is_ok_and(|peer| peer.uid() == 0),
                 lines: Framed::new(stream, LinesCodec::new_with_max_length(MAX_LINE_LEN)),
@@ -140,9 +151,44 @@ impl Server {
                         drop(place);
                     });
                 }
-                Err(_) => _ = tokio::spawn(client.turn_away()),
+                Err(_) => _ = tokio::spawn(client.turn_away(max_clients)),
             }
         }
+    }
+}
+
+/// Raises the limit on open files as far as it may be, and returns how many clients it has room for.
+fn max_clients() -> usize {
+    let wanted = (MAX_CLIENTS + RESERVED_FILES) as u64;
+    let limit = rlimit::increase_nofile_limit(wanted).unwrap_or_default();
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    limit.saturating_sub(RESERVED_FILES).max(limit / 2).min(MAX_CLIENTS)
+}
+
+/// Connections that cannot be accepted: for want of file descriptors, most likely. They wait, and so
+/// must whoever accepts them, or it would be told of them again at once and for ever.
+pub(crate) struct Trouble {
+    what: &'static str,
+    is_told: bool,
+}
+
+impl Trouble {
+    pub(crate) const fn new(what: &'static str) -> Self {
+        Self { what, is_told: false }
+    }
+
+    /// Waits until some may be free again. Says why, once.
+    pub(crate) async fn wait(&mut self, error: &io::Error) {
+        const RETRY: Duration = Duration::from_millis(500);
+        if !std::mem::replace(&mut self.is_told, true) {
+            tracing::warn!("{}, trying again: {error}", self.what);
+        }
+        sleep(RETRY).await;
+    }
+
+    /// One was accepted.
+    pub(crate) const fn is_over(&mut self) {
+        self.is_told = false;
     }
 }
 
@@ -194,8 +240,8 @@ impl Client {
         };
     }
 
-    async fn turn_away(mut self) {
-        let error = format!("there are {MAX_CLIENTS} clients already");
+    async fn turn_away(mut self, max_clients: usize) {
+        let error = format!("there are {max_clients} clients already");
         let _ = self.say(&Notice::Error(error)).await;
     }
 

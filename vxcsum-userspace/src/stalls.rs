@@ -18,8 +18,9 @@ use vxcsum_common::layout::{self, Action, MAX_FOLLOWED};
 use vxcsum_common::outer::{Outer, UDP, UDP_LEN};
 use vxcsum_common::{Captured, Verdict};
 
+use crate::clock;
 use crate::dns::{self, Question};
-use crate::event::{Event, rfc3339, time_of_day, wall_clock};
+use crate::event::{Event, rfc3339, time_of_day};
 use crate::names;
 use crate::program::{Followed, LoadError};
 
@@ -475,7 +476,7 @@ impl Stalls {
             let last = self.connections.peek(&flow)?.last;
             self.end(flow, state, last, Ending::Silence)
         });
-        let time = wall_clock(now);
+        let time = clock::time_of_day(now);
         ended.map(|stall| Line { time, stall }).collect()
     }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
 use aya_log::EbpfLogger;
@@ -12,13 +12,15 @@ use futures_util::future::select_all;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
 use vxcsum_common::Device;
 use vxcsum_common::layout::{Counters, FixMode, Report};
 
-use crate::attach::{Attachment, Claim, Method};
+use crate::attach::{Attachment, Claim, Method, chain};
 use crate::event::{Event, Source};
 use crate::kernel::Kernel;
 use crate::links::{Link, Links, local_port_range};
+use crate::memory;
 use crate::plan::{Plan, Wish};
 use crate::program::{LoadOptions, Loaded, Program};
 use crate::receive::{self, Receive};
@@ -159,7 +161,7 @@ impl Supervisor {
             self.options.ring_len,
             self.records.clone(),
         )?;
-        give_back_memory();
+        memory::give_back();
         Ok(())
     }
 
@@ -167,13 +169,16 @@ impl Supervisor {
     pub async fn follow(&mut self) {
         let links = match Links::read().await {
             Ok(links) => links,
-            Err(error) => return self.complain(&error.to_string()),
+            Err(error) => return self.complain(&chain(&error)),
         };
         let wanted = self.wanted(&links);
         let gone: Vec<u32> =
             self.watched.keys().copied().filter(|index| !wanted.contains(index)).collect();
         for index in gone {
-            self.unwatch(index).await;
+            self.unwatch(index, links.by_index(index).is_none()).await;
+        }
+        for index in self.displaced(&wanted).await {
+            self.unwatch(index, true).await;
         }
         let mut complaints = BTreeSet::new();
         for &index in &wanted {
@@ -184,12 +189,12 @@ impl Supervisor {
                 self.watch(link, &links)
             };
             if let Err(error) = outcome {
-                complaints.insert(format!("{error:#}"));
+                complaints.insert(chain(error.as_ref()));
             }
         }
         let outcome = self.receive_plan(&links).and_then(|plan| self.receive.update(plan));
         if let Err(error) = outcome {
-            complaints.insert(format!("{error:#}"));
+            complaints.insert(chain(error.as_ref()));
         }
         if wanted.is_empty() && self.options.interfaces.is_empty() {
             complaints.insert(nothing_to_watch(&links));
@@ -199,6 +204,18 @@ impl Supervisor {
         }
         // What does not hold any more may be said again.
         self.complaints = complaints;
+    }
+
+    /// The watched interfaces that our program does not hang on any more.
+    async fn displaced(&self, wanted: &BTreeSet<u32>) -> Vec<u32> {
+        let mut displaced = Vec::new();
+        for (&index, watched) in &self.watched {
+            if wanted.contains(&index) && !watched.attachment.is_in_place(index).await {
+                tracing::warn!("{} has lost the program: attaching it anew", watched.name);
+                displaced.push(index);
+            }
+        }
+        displaced
     }
 
     /// Says something once.
@@ -288,7 +305,7 @@ impl Supervisor {
         let name = link.name.clone();
         let watched = Watched { name, program, attachment, claim, source, stop, arrived, reader };
         self.watched.insert(link.index, watched);
-        give_back_memory();
+        memory::give_back();
         Ok(())
     }
 
@@ -296,6 +313,7 @@ impl Supervisor {
     fn update(&mut self, link: &Link, links: &Links) -> Result<()> {
         let plan = self.plan(link, links)?;
         let Some(watched) = self.watched.get_mut(&link.index) else { return Ok(()) };
+        watched.claim.answer();
         watched.name.clone_from(&link.name);
         let before = watched.source.borrow().clone();
         if before.plan == plan && before.interface == link.name {
@@ -304,17 +322,17 @@ impl Supervisor {
         watched.apply(plan)
     }
 
-    /// Stops watching an interface that is gone or not an underlay any more.
-    async fn unwatch(&mut self, index: u32) {
+    /// Stops watching an interface that is gone, or is there still but not an underlay any more.
+    async fn unwatch(&mut self, index: u32, is_gone: bool) {
         if let Some(watched) = self.watched.remove(&index) {
             let name = watched.name.clone();
             tracing::info!("no longer watching {name}");
-            match watched.end().await {
+            match watched.end(is_gone).await {
                 Ok((_, counters)) => {
                     let past = self.past.entry(name).or_default();
                     *past = past.plus(&counters);
                 }
-                Err(error) => self.complain(&format!("{name}: {error:#}")),
+                Err(error) => self.complain(&format!("{name}: {}", chain(error.as_ref()))),
             }
         }
     }
@@ -372,7 +390,7 @@ impl Supervisor {
         let mut counted = Vec::new();
         while let Some((_, watched)) = self.watched.pop_first() {
             let name = watched.name.clone();
-            let (method, counters) = watched.end().await?;
+            let (method, counters) = watched.end(false).await?;
             counted.push(Counted { name, method: Some(method), counters, sent_packets: None });
         }
         let interfaces = self.with_past(counted);
@@ -413,13 +431,17 @@ impl Watched {
         Ok(())
     }
 
-    async fn end(self) -> Result<(Method, Counters)> {
+    /// Takes the program off, unless the interface `is_gone` and the program with it. Returns what it
+    /// has counted, once all its events are forwarded.
+    async fn end(self, is_gone: bool) -> Result<(Method, Counters)> {
         let Self { name, mut program, attachment, claim, source: _source, stop, arrived, reader } =
             self;
         let method = attachment.method;
-        // It is off already where the interface itself is gone.
-        if let Err(error) = attachment.detach(program.classifier()?) {
-            tracing::warn!("cannot detach from {name}: {error}");
+        let detached = attachment.detach(program.classifier()?);
+        if let Err(error) = detached
+            && !is_gone
+        {
+            tracing::warn!("cannot detach from {name}: {}", chain(&error));
         }
         stop.send_replace(true);
         reader.await.with_context(|| format!("cannot read the events of {name}"))?;
@@ -445,7 +467,8 @@ const fn sortable(key: vxcsum_common::layout::DeviceKey) -> (u32, u32) {
     (key.port, key.vni)
 }
 
-/// Takes records from the buffers of a program, until told to stop and all are empty.
+/// Takes records from the buffers of a program, until told to stop and all are empty. Of those that
+/// come in a row, the first is taken at once and the rest in batches.
 pub(crate) async fn forward(
     mut buffers: Vec<AsyncFd<Buffer>>,
     decode: impl Fn(&[u8]) -> Record,
@@ -453,8 +476,13 @@ pub(crate) async fn forward(
     arrived: Arc<Arrived>,
     mut stop: watch::Receiver<bool>,
 ) {
+    /// Between two looks: to be woken costs more than to handle an event, here and for the sender of
+    /// the packet, whose processor does it.
+    const PAUSE: Duration = Duration::from_millis(5);
     loop {
-        let stopping = *stop.borrow_and_update();
+        // Nobody is there any more to say so where the sender has gone.
+        let stopping = *stop.borrow_and_update() || stop.has_changed().is_err();
+        let next_look = Instant::now() + PAUSE;
         loop {
             let mut taken = Taken::default();
             for buffer in &mut buffers {
@@ -483,6 +511,10 @@ pub(crate) async fn forward(
             readable = any_readable(&mut buffers) => if readable.is_err() {
                 return;
             },
+            _ = stop.changed() => continue,
+        }
+        tokio::select! {
+            () = sleep_until(next_look) => {}
             _ = stop.changed() => {}
         }
     }
@@ -521,16 +553,6 @@ impl log::Log for StderrLog {
     }
 
     fn flush(&self) {}
-}
-
-/// Loading takes tens of megabytes for a moment (aya reads all types of the kernel), and so may
-/// reading rules. The allocator would keep them.
-pub(crate) fn give_back_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: may be called at any time; it only returns what is not in use.
-    unsafe {
-        libc::malloc_trim(0);
-    }
 }
 
 /// What 0-0 stands for as a range of source ports.

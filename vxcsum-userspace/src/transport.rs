@@ -1,16 +1,17 @@
 //! How events come from the kernel: by a ring buffer, or by one perf buffer a CPU.
 
+use std::fs;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::Duration;
 
 use aya::maps::perf::{PerfBufferError, PerfEvent, PerfEventArrayBuffer};
 use aya::maps::{MapData, PerfEventArray, RingBuf};
 use aya::util::online_cpus;
-use nix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 use vxcsum_common::layout::Event;
+
+use crate::clock;
 
 /// A way for events, and the BPF object that takes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,14 +47,65 @@ pub enum Buffer {
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// The CPUs are not known.
-    #[error("cannot read {0}: {1}")]
+    #[error("cannot read {0}")]
     Cpus(&'static str, #[source] io::Error),
-    /// One of them. Debian has a fourth level of that setting, which asks for `CAP_SYS_ADMIN`.
-    #[error(
-        "cannot open the perf buffer of CPU {0} (where that is forbidden: `sysctl \
-         kernel.perf_event_paranoid=2`, or --transport ring): {1}"
-    )]
+    /// One of them.
+    #[error("cannot open the perf buffer of CPU {0}")]
     Buffer(u32, #[source] PerfBufferError),
+    /// None of them.
+    #[error(
+        "not permitted to open perf buffers: {}; or use --transport ring, where the \
+         kernel has a ring buffer (Linux 5.8)",
+        remedy(*.paranoid)
+    )]
+    Forbidden {
+        /// `kernel.perf_event_paranoid`, if it can be read.
+        paranoid: Option<i32>,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// They hold more than a user may lock.
+    #[error(
+        "no more memory for perf buffers: raise the limit of locked memory (`ulimit -l \
+         unlimited`, LimitMEMLOCK=infinity), or ask for less by --ring-kib"
+    )]
+    Memory(#[source] io::Error),
+}
+
+/// What there is to do about perf buffers that are forbidden.
+fn remedy(paranoid: Option<i32>) -> String {
+    match paranoid {
+        Some(level @ DEBIANS_PARANOID..) => format!(
+            "kernel.perf_event_paranoid is {level} here, `sysctl kernel.perf_event_paranoid=2` \
+             permits it"
+        ),
+        _ => "a seccomp filter, as containers have one, or another policy of this system forbids \
+              perf_event_open"
+            .to_owned(),
+    }
+}
+
+/// The level of `kernel.perf_event_paranoid` that Debian adds to those of Linux: it asks for
+/// `CAP_SYS_ADMIN`, which vxcsum does not keep where there is `CAP_PERFMON`.
+const DEBIANS_PARANOID: i32 = 3;
+
+impl OpenError {
+    fn new(cpu: u32, error: PerfBufferError) -> Self {
+        let is_forbidden =
+            |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES));
+        match error {
+            PerfBufferError::OpenError { io_error } if is_forbidden(&io_error) => {
+                let paranoid = fs::read_to_string("/proc/sys/kernel/perf_event_paranoid");
+                let paranoid = paranoid.ok().and_then(|level| level.trim().parse().ok());
+                Self::Forbidden { paranoid, source: io_error }
+            }
+            // perf_mmap() says no more than that when it counts what a user has locked.
+            PerfBufferError::MMapError { io_error } if is_forbidden(&io_error) => {
+                Self::Memory(io_error)
+            }
+            error => Self::Buffer(cpu, error),
+        }
+    }
 }
 
 /// What was taken out of a buffer.
@@ -86,7 +138,7 @@ impl Buffer {
         let pages = len as usize / cpus.len().max(1) / page_size();
         let pages = pages.max(MIN_PAGES).next_power_of_two();
         let open = |cpu| {
-            array.open(cpu, Some(pages)).map(Self::Perf).map_err(|it| OpenError::Buffer(cpu, it))
+            array.open(cpu, Some(pages)).map(Self::Perf).map_err(|it| OpenError::new(cpu, it))
         };
         cpus.into_iter().map(open).collect()
     }
@@ -105,13 +157,14 @@ impl Buffer {
                 }
             }
             Self::Perf(buffer) => {
-                let suspended_ns = suspended_ns();
+                let suspended_ns = clock::suspended().as_nanos() as u64;
                 let _: ControlFlow<()> = buffer.try_fold((), |(), event| match event {
                     PerfEvent::Sample { head, tail } => {
                         let mut record = [head, tail].concat();
                         // The kernel fills it up to the next 8 bytes, counted with its length
                         // of 4; a record of ours is a multiple of 8.
                         record.truncate(record.len() & !7);
+                        // Events are dated by the other clock in their first field.
                         if let Some(time) = record.first_chunk_mut() {
                             *time = (u64::from_ne_bytes(*time) + suspended_ns).to_ne_bytes();
                         }
@@ -141,16 +194,28 @@ impl AsRawFd for Buffer {
     }
 }
 
-/// By how much `CLOCK_BOOTTIME`, by which events are dated in their first
-/// field, is ahead of `CLOCK_MONOTONIC`, which is all that BPF has before 5.8.
-fn suspended_ns() -> u64 {
-    let now = |clock| clock_gettime(clock).map_or(Duration::ZERO, Duration::from);
-    let ahead = now(ClockId::CLOCK_BOOTTIME).saturating_sub(now(ClockId::CLOCK_MONOTONIC));
-    ahead.as_nanos() as u64
-}
-
 fn page_size() -> usize {
     // SAFETY: only asks for a number.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).unwrap_or(4096)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_forbids_perf_buffers_is_named() {
+        let forbidden = |paranoid| {
+            let source = io::Error::from_raw_os_error(libc::EACCES);
+            OpenError::Forbidden { paranoid, source }.to_string()
+        };
+        let debian = forbidden(Some(3));
+        assert!(debian.contains("kernel.perf_event_paranoid is 3 here"), "{debian}");
+        assert!(debian.contains("`sysctl kernel.perf_event_paranoid=2`"), "{debian}");
+        for paranoid in [None, Some(2), Some(-1)] {
+            let other = forbidden(paranoid);
+            assert!(other.contains("seccomp") && !other.contains("sysctl"), "{other}");
+        }
+    }
 }

@@ -113,20 +113,11 @@ pub(crate) fn cargo_test() -> Command {
     cargo
 }
 
-/// What depends on how events come from the kernel, and on what the BPF program for old kernels can
-/// tell. Tests of one packet take both programs at once.
+/// What depends on how events come from the kernel. Tests of one packet take both programs at once.
 fn cargo_test_again() -> Command {
     let mut cargo = process::command("cargo");
     cargo.args(["test", "--package=vxcsum-tests", "--no-fail-fast"]);
-    for test in [
-        "accounting",
-        "attach_and_leave",
-        "bytes_on_the_wire",
-        "class1_mangled_zero",
-        "class2_address_snat",
-        "class2_stale_nat",
-        "class5_false_alarms",
-    ] {
+    for test in vm::tests_by_transport() {
         cargo.arg("--test").arg(test);
     }
     cargo

@@ -23,7 +23,7 @@ use self::link::Link;
 use self::output::Output;
 use self::reader::{Frame, Reader};
 use self::report::{FileSummary, Found, Summary, Totals};
-use crate::run::write_json;
+use crate::stdio::write_json;
 
 /// A packet is broken.
 const BROKEN: u8 = 1;

@@ -4,6 +4,8 @@ use std::io::{self, Write as _};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::stdio;
+
 /// Written at a time.
 const BUFFER_LEN: usize = 64 * 1024;
 /// What is held back at most until it is known whether it stays true.
@@ -85,7 +87,7 @@ impl Output {
     /// Says something on standard error, after what was found before it.
     pub(super) fn warn(&mut self, message: &str) -> io::Result<()> {
         self.flush()?;
-        self.bar.suspend(|| eprintln!("vxcsum: {message}"));
+        self.bar.suspend(|| stdio::say(message));
         Ok(())
     }
 }

@@ -484,7 +484,11 @@ impl<R: Read> Reader<R> {
         let read = if self.is_big_endian() { i64::from_be_bytes } else { i64::from_le_bytes };
         let interface = Interface {
             link: Link::new(block.linktype.0),
-            name: block.if_name().and_then(Result::ok).map(str::to_owned),
+            // It will be printed, and whoever wrote the file may have put anything there.
+            name: block
+                .if_name()
+                .and_then(Result::ok)
+                .map(|name| name.replace(char::is_control, "\u{fffd}")),
             snaplen: match block.snaplen {
                 0 => usize::MAX,
                 snaplen => snaplen as usize,
@@ -644,6 +648,16 @@ mod tests {
             (number, Some(time), Link::Ethernet, name, vec![7, 8, 9], 60)
         };
         assert_eq!(read_all(&capture), [simple(1), enhanced(4), simple(5), enhanced(8)]);
+    }
+
+    #[test]
+    fn nothing_in_a_name_of_an_interface_reaches_a_terminal_as_it_is() {
+        let mut capture = block(false, SHB_MAGIC, &[0x1a2b_3c4d, 1, u32::MAX, u32::MAX], &[]);
+        let name = [&[2, 0, 10, 0][..], b"e\x1b[2J\xc2\x9b\\d\n", &[0; 2], &[0; 4]].concat();
+        capture.extend(block(false, IDB_MAGIC, &[1, 0], &name));
+        capture.extend(block(false, EPB_MAGIC, &[0, 0, 0, 0, 0], &[]));
+        let (_, _, _, interface, ..) = read_all(&capture).remove(0);
+        assert_eq!(interface.unwrap(), "e\u{fffd}[2J\u{fffd}\\d\u{fffd}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 
 use serde::Serialize;
 
-use crate::run::write_json;
+use crate::stdio::write_json;
 
 /// All of it.
 #[derive(Clone, Debug, Serialize)]

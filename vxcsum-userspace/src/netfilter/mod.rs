@@ -7,6 +7,8 @@ use std::fmt::{self, Display};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod legacy;
 mod nft;
 mod process;
@@ -377,13 +379,20 @@ impl Ruleset {
         let mut found = Vec::new();
         let mut seen = HashSet::new();
         for chain in self.base_chains(Hook::Postrouting, is_ipv6) {
-            self.collect_nat(chain, &mut seen, &mut found);
+            self.collect_nat(chain, 0, &mut seen, &mut found);
         }
         found
     }
 
-    fn collect_nat(&self, chain: usize, seen: &mut HashSet<usize>, found: &mut Vec<Place>) {
-        if !seen.insert(chain) {
+    fn collect_nat(
+        &self,
+        chain: usize,
+        depth: usize,
+        seen: &mut HashSet<usize>,
+        found: &mut Vec<Place>,
+    ) {
+        // iptables-legacy sets no limit, but this stack has one.
+        if depth >= walk::MAX_DEPTH || !seen.insert(chain) {
             return;
         }
         for (number, rule) in self.chains[chain].rules.iter().enumerate() {
@@ -392,7 +401,7 @@ impl Ruleset {
             }
             for to in rule.steps.iter().flat_map(Step::targets) {
                 if let Some(to) = self.index.find(&self.chains[chain], to) {
-                    self.collect_nat(to, seen, found);
+                    self.collect_nat(to, depth + 1, seen, found);
                 }
             }
         }

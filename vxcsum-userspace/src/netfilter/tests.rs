@@ -35,6 +35,27 @@ COMMIT
 COMMIT
 "#;
 
+/// As deep as the kernel lets iptables-legacy nest its chains.
+#[test]
+fn chains_in_chains_in_chains_do_not_overflow_the_stack() {
+    use std::fmt::Write as _;
+
+    const DEPTH: usize = 20_000;
+    let mut text = "*nat\n:POSTROUTING ACCEPT [0:0]\n".to_owned();
+    for chain in 0..DEPTH {
+        writeln!(text, ":c{chain} - [0:0]").unwrap();
+    }
+    text += "-A POSTROUTING -j c0\n";
+    for chain in 1..DEPTH {
+        writeln!(text, "-A c{} -j c{chain}", chain - 1).unwrap();
+    }
+    writeln!(text, "-A c{} -j MASQUERADE\nCOMMIT", DEPTH - 1).unwrap();
+    let rules = from_save(&text);
+    assert_eq!(rules.chains.len(), DEPTH + 1);
+    assert_eq!(rules.source_nat_rules(false), []);
+    assert_eq!(walk(&rules, &tunnel_packet(0), Rewritten::default(), false).nat, []);
+}
+
 fn from_save(text: &str) -> Ruleset {
     let chains = save::parse(text, Backend::IptablesNft, Family::Ipv4);
     let local = |name: &str, address: &str| (name.to_owned(), address.parse().unwrap());

@@ -126,7 +126,7 @@ pub fn walk(
 /// Most rules that a packet is followed through: maps and doubts may lead to the same chain often.
 const MAX_RULES: u32 = 400_000;
 /// Deepest nesting of chains; nftables allows 16 (`NFT_JUMP_STACK_SIZE`).
-const MAX_DEPTH: usize = 64;
+pub(super) const MAX_DEPTH: usize = 64;
 
 /// Whether something is so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

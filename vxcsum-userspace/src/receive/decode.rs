@@ -9,7 +9,8 @@ use vxcsum_common::receive::Dropped;
 use vxcsum_common::verdict::{self, AnswerKind, Finding};
 use vxcsum_common::{Captured, Cut, Offload, Packet as _, Policy, Proof, Sum, Verdict, Watch as _};
 
-use crate::event::{AnyPort, Direction, Event, Hex, InnerView, OuterView, addresses, wall_clock};
+use crate::clock;
+use crate::event::{AnyPort, Direction, Event, Hex, InnerView, OuterView, addresses};
 use crate::plan::Plan;
 use crate::stalls::Trace;
 
@@ -41,7 +42,7 @@ pub(super) fn decode(plan: &Plan, record: &[u8]) -> Option<Event> {
     let device = |outer: &Outer| plan.device_name(outer.destination_port, outer.vni);
     let interface = dropped.interface.split(|&byte| byte == 0).next().unwrap_or_default();
     Some(Event {
-        time: wall_clock(Duration::from_nanos(dropped.boot_ns)),
+        time: clock::time_of_day(Duration::from_nanos(dropped.boot_ns)),
         direction: Direction::Receive,
         interface: String::from_utf8_lossy(interface).into_owned(),
         device: outer.as_ref().and_then(device).map(str::to_owned),
@@ -65,7 +66,7 @@ pub(super) fn decode(plan: &Plan, record: &[u8]) -> Option<Event> {
         },
         mark: Hex::U32(dropped.mark),
         segments: Some(1),
-        len: dropped.len + dropped.link_len,
+        len: dropped.len.saturating_add(dropped.link_len),
         ip_summed: None,
         proof: judged.proof.and_then(Proof::as_str).map(str::to_owned),
         cause: None,
@@ -123,4 +124,41 @@ fn judge(packet: &Captured<'_>, plan: &Plan, outer: &Outer) -> Result<Judged, Cu
         is_by_headers: is_by_headers && expected.is_some(),
         source_port_before_nat: (source_port_before_nat != 0).then_some(source_port_before_nat),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use vxcsum_common::Policy;
+    use vxcsum_common::layout::FixMode;
+
+    use super::*;
+    use crate::links::Links;
+    use crate::plan::Wish;
+
+    #[test]
+    fn lengths_that_no_packet_has_do_not_overflow() {
+        let wish = Wish {
+            ports: vec![8472],
+            policy: Some(Policy::Sum),
+            fix: FixMode::Off,
+            fix_unproven: false,
+            events_per_second: 0,
+        };
+        let plan = Plan::of_node(&wish, &Links::default(), (32768, 60999)).unwrap();
+        // IPv4 and UDP to port 8472; the VXLAN header is out of reach.
+        let mut packet = [0; 28];
+        packet[0] = 0x45;
+        packet[9] = 17;
+        packet[22..24].copy_from_slice(&8472_u16.to_be_bytes());
+        let dropped = Dropped {
+            boot_ns: 0,
+            len: u32::MAX,
+            snapshot_len: packet.len() as u32,
+            mark: 0,
+            link_len: u32::MAX,
+            interface: [0; 16],
+        };
+        let record = [bytemuck::bytes_of(&dropped), &packet].concat();
+        assert_eq!(decode(&plan, &record).unwrap().len, u32::MAX);
+    }
 }

@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::original_bug;
 use crate::process;
 
 /// The package that stands for the suite's kernel for virtual machines.
@@ -33,16 +34,28 @@ pub(crate) struct Wanted {
     pub(crate) suite: &'static str,
     /// Whether NAT in it is given the original bug back.
     pub(crate) original_bug: bool,
+    /// How events are to come from it, where that is not for vxcsum to find out.
+    pub(crate) transport: Option<&'static str>,
 }
 
 /// The kernels of the matrix, the oldest first.
 pub(crate) const WANTED: &[Wanted] = &[
-    Wanted { name: "5.10", suite: "bullseye", original_bug: false },
-    Wanted { name: "6.1", suite: "bookworm", original_bug: false },
-    Wanted { name: "original-bug", suite: "bookworm", original_bug: true },
-    Wanted { name: "6.12", suite: "trixie", original_bug: false },
-    Wanted { name: "newest", suite: "sid", original_bug: false },
+    Wanted { name: "5.10", suite: "bullseye", ..PLAIN },
+    Wanted { name: "5.10-perf", suite: "bullseye", transport: Some("perf"), ..PLAIN },
+    Wanted { name: "6.1", suite: "bookworm", ..PLAIN },
+    Wanted { name: "original-bug", suite: "bookworm", original_bug: true, ..PLAIN },
+    Wanted {
+        name: "original-bug-perf",
+        suite: "bookworm",
+        original_bug: true,
+        transport: Some("perf"),
+    },
+    Wanted { name: "6.12", suite: "trixie", ..PLAIN },
+    Wanted { name: "newest", suite: "sid", ..PLAIN },
 ];
+
+/// A kernel as the distribution has it, and vxcsum as it comes.
+const PLAIN: Wanted = Wanted { name: "", suite: "", original_bug: false, transport: None };
 
 /// A kernel in the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +64,8 @@ pub(crate) struct Kernel {
     pub(crate) release: String,
     /// What QEMU boots.
     pub(crate) image: PathBuf,
+    /// A module to load in place of its own of that name.
+    pub(crate) replaced: Option<PathBuf>,
     /// The folder that it was unpacked into.
     root: PathBuf,
 }
@@ -69,16 +84,19 @@ impl Wanted {
                 format!("cannot get the kernel {} of Debian {}", self.name, self.suite)
             })?;
         }
-        let kernel = Kernel::unpacked(&folder.join("root"))?;
+        let mut kernel = Kernel::unpacked(&folder.join("root"))?;
         // A suite may have moved on by the time that somebody starts with an empty cache.
+        let version = self.name.split('-').next().unwrap_or_default();
         ensure!(
-            !self.name.starts_with(|first: char| first.is_ascii_digit())
-                || kernel.release.starts_with(&format!("{}.", self.name)),
-            "Debian {} has {}, which is no {}: change the suite in xtask/src/vm/kernels.rs",
+            !version.starts_with(|first: char| first.is_ascii_digit())
+                || kernel.release.starts_with(&format!("{version}.")),
+            "Debian {} has {}, which is no {version}: change the suite in xtask/src/vm/kernels.rs",
             self.suite,
             kernel.release,
-            self.name
         );
+        if self.original_bug {
+            kernel.replaced = Some(original_bug::module(self, &kernel)?);
+        }
         Ok(kernel)
     }
 
@@ -117,7 +135,7 @@ impl Kernel {
             [root.join(format!("boot/vmlinuz-{release}")), modules.join(&release).join("vmlinuz")];
         let image = image.into_iter().find(|path| path.exists());
         let image = image.with_context(|| format!("the packages hold no image of {release}"))?;
-        Ok(Self { release, image, root: root.to_owned() })
+        Ok(Self { release, image, replaced: None, root: root.to_owned() })
     }
 
     /// Major and minor version.
@@ -303,7 +321,8 @@ mod tests {
     fn versions_are_read_from_releases() {
         let version = |release: &str| {
             let release = release.to_owned();
-            Kernel { release, image: PathBuf::new(), root: PathBuf::new() }.version().ok()
+            let (image, root) = (PathBuf::new(), PathBuf::new());
+            Kernel { release, image, replaced: None, root }.version().ok()
         };
         assert_eq!(version("5.10.0-32-cloud-amd64"), Some((5, 10)));
         assert_eq!(version("7.2.13+deb14-cloud-amd64"), Some((7, 2)));

@@ -14,7 +14,6 @@ use super::{
     initramfs::Initramfs,
     kernels::{self, Kernel, Wanted},
     machine::{Boot, Machine},
-    original_bug,
     suite::{LIMIT, Program},
 };
 use crate::{build, packages, process, setup::Goal, test};
@@ -41,6 +40,7 @@ const MORE_TOOLS: &[&str] = &[
     "ip6tables-nft-save",
     "setpriv",
     "prlimit",
+    "mount",
     "sh",
     "sleep",
     "cat",
@@ -49,6 +49,9 @@ const MORE_TOOLS: &[&str] = &[
     "dmesg",
     "uname",
 ];
+/// What only tests of captures call, on whatever kernel: three quarters of what would else be unpacked
+/// inside.
+const ONLY_FOR_CAPTURES: &[&str] = &["tshark", "editcap", "gzip", "zstd"];
 /// Modules that the labs need, and with them what these need.
 const NEEDED: &[&str] = &[
     "veth",
@@ -135,7 +138,9 @@ impl Kit {
     ) -> Result<Boot> {
         let archive = self.folder.join(format!("{}.cpio", wanted.name));
         let mut initramfs = Initramfs::new(&self.init, &archive.with_extension("stripped"))?;
-        for tool in packages::tools_for(Goal::Test).chain(MORE_TOOLS.iter().copied()) {
+        let tools =
+            packages::tools_for(Goal::Test).filter(|tool| !ONLY_FOR_CAPTURES.contains(tool));
+        for tool in tools.chain(MORE_TOOLS.iter().copied()) {
             initramfs.tool(tool)?;
         }
         initramfs.xtables_plugins()?;
@@ -146,13 +151,11 @@ impl Kit {
         if let Some(script) = load.script {
             initramfs.text(SCRIPT, script);
         }
-        let replaced =
-            wanted.original_bug.then(|| original_bug::module(wanted, kernel)).transpose()?;
         let mut plan = Plan { nonce: nonce()?, jobs: load.jobs, ..Plan::default() };
         for file in modules(kernel)? {
             let name = file_name(&file)?;
-            let file = match &replaced {
-                Some(replaced) if name == original_bug::MODULE => replaced,
+            let file = match &kernel.replaced {
+                Some(replaced) if replaced.ends_with(&name) => replaced,
                 _ => &file,
             };
             initramfs.bytes(&Path::new(MODULES).join(&name), &kernels::uncompressed(file)?);
@@ -196,18 +199,20 @@ fn file_name(file: &Path) -> Result<String> {
     Ok(plain.to_owned())
 }
 
-/// A job with the environment that the tests expect.
-pub(super) fn job(name: &str, command: Vec<String>) -> Job {
+/// A job with the environment that the tests expect on this kernel.
+pub(super) fn job(name: &str, command: Vec<String>, wanted: Wanted) -> Job {
     let mut environment = vec![
         "PATH=/usr/bin".to_owned(),
         "HOME=/root".to_owned(),
         format!("{BINARY_VARIABLE}={BINARY}"),
         format!("{INSIDE_VARIABLE}=1"),
     ];
-    for name in [TRANSPORT_VARIABLE, "RUST_BACKTRACE"] {
-        if let Ok(value) = env::var(name) {
-            environment.push(format!("{name}={value}"));
-        }
+    let transport = wanted.transport.map(str::to_owned);
+    for (name, value) in [
+        (TRANSPORT_VARIABLE, transport.or_else(|| env::var(TRANSPORT_VARIABLE).ok())),
+        ("RUST_BACKTRACE", env::var("RUST_BACKTRACE").ok()),
+    ] {
+        environment.extend(value.map(|value| format!("{name}={value}")));
     }
     Job { name: name.to_owned(), limit: LIMIT, environment, command }
 }

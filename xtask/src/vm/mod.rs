@@ -8,10 +8,10 @@ mod original_bug;
 mod suite;
 mod table;
 
-use std::{env, sync::Mutex, thread, time::Instant};
+use std::{collections::BTreeSet, env, sync::Mutex, thread, time::Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use vxcsum_vm_init::{Job, Outcome};
+use vxcsum_vm_init::Outcome;
 
 use self::{
     kernels::{Kernel, WANTED, Wanted},
@@ -25,8 +25,8 @@ use crate::setup::{self, Goal};
 #[derive(Default, clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is an option of the command line")]
 pub(crate) struct Options {
-    /// 5.10, 6.1, original-bug (a 6.1 that is given the bug of the first reports), 6.12, newest;
-    /// all of them unless given
+    /// 5.10, 6.1, original-bug (a 6.1 that is given the bug of the first reports), 6.12, newest, and
+    /// 5.10-perf and original-bug-perf, where events come by perf buffers; all of them unless given
     kernels: Vec<String>,
     /// Only some tests of each program, as `cargo xtask test` does
     #[arg(long)]
@@ -79,12 +79,12 @@ pub(crate) fn run(options: &Options) -> Result<Ran> {
     let (programs, arguments) = select(&options.tests);
     let kit = Kit::gather(&programs)?;
     let (mut runs, mut not_had) = (Vec::new(), Vec::new());
+    let mut refreshed = BTreeSet::new();
     for wanted in wanted {
         let programs = programs.iter().copied();
-        let programs: Vec<_> =
-            programs.filter(|program| program.original_bug == wanted.original_bug).collect();
+        let programs: Vec<_> = programs.filter(|program| program.is_for(&wanted)).collect();
         if !programs.is_empty() {
-            match wanted.get(options.refresh) {
+            match wanted.get(options.refresh && refreshed.insert(wanted.suite)) {
                 Ok(kernel) => runs.push(Run { wanted, kernel, programs }),
                 Err(error) if options.lenient => {
                     let error = format!("{} cannot be had: {error:#}", wanted.name);
@@ -115,7 +115,9 @@ impl Run {
     fn column(&self, kit: &Kit, options: &Options, arguments: &[String]) -> Result<Column> {
         let start = Instant::now();
         let version = self.kernel.version()?;
-        let jobs = self.programs.iter().map(|program| job(program, version, options, arguments));
+        let jobs = self.programs.iter().map(|program| {
+            kit::job(program.name, command(program, version, options, arguments), self.wanted)
+        });
         let name = self.wanted.name;
         let boot = kit.boot(self.wanted, &self.kernel, kit.tests(jobs.collect()), &|line| {
             if options.verbose {
@@ -133,7 +135,12 @@ impl Run {
     }
 }
 
-fn job(program: &Program, version: (u32, u32), options: &Options, arguments: &[String]) -> Job {
+fn command(
+    program: &Program,
+    version: (u32, u32),
+    options: &Options,
+    arguments: &[String],
+) -> Vec<String> {
     let mut command = vec![format!("/tests/{}", program.name)];
     let mut add = |argument: &str| command.push(argument.to_owned());
     if program.original_bug {
@@ -150,17 +157,18 @@ fn job(program: &Program, version: (u32, u32), options: &Options, arguments: &[S
     if options.quick {
         program.quick.iter().copied().for_each(add);
     }
-    kit::job(program.name, command)
+    command
 }
 
-/// Does it for each, so many at once as there are processors; results are in the same order.
+/// Does it for each, one more at once than there are processors, since one or the other is always
+/// waiting for something; results are in the same order.
 fn at_once<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Result<R> + Sync) -> Result<Vec<R>> {
     let processors = thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let next = Mutex::new(items.iter());
     let (next, work) = (&next, &work);
     let take = || next.lock().ok().and_then(|mut next| next.next());
     let mut results: Vec<(usize, R)> = thread::scope(|scope| {
-        let workers: Vec<_> = (0..processors)
+        let workers: Vec<_> = (0..=processors)
             .map(|_| {
                 scope.spawn(move || {
                     let mut results = Vec::new();
@@ -182,6 +190,12 @@ fn at_once<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Result<R> + Sync)
     Ok(results.into_iter().map(|(_, result)| result).collect())
 }
 
+/// The test programs that have something else to say over another transport, on any kernel.
+pub(crate) fn tests_by_transport() -> impl Iterator<Item = &'static str> {
+    let any = SUITE.iter().filter(|program| program.by_transport && !program.original_bug);
+    any.map(|program| program.name)
+}
+
 /// Whether this runs inside of a virtual machine that it has started.
 pub(crate) fn is_inside() -> bool {
     env::var_os(kit::INSIDE_VARIABLE).is_some()
@@ -194,7 +208,8 @@ pub(crate) fn demo() -> Result<()> {
     let wanted = WANTED.iter().find(|wanted| wanted.original_bug).context("no kernel has it")?;
     let own = env::current_exe().context("cannot tell the path of xtask")?;
     let inside = "/usr/bin/xtask";
-    let job = kit::job("demo", [inside, "demo", "--original-bug"].map(str::to_owned).to_vec());
+    let command = [inside, "demo", "--original-bug"].map(str::to_owned).to_vec();
+    let job = kit::job("demo", command, *wanted);
     let load = Load { jobs: vec![job], programs: vec![(inside.into(), own)], ..Load::default() };
     let boot = kit.boot(*wanted, &wanted.get(false)?, load, &|line| println!("{line}"))?;
     if let Some(failure) = boot.failure {
@@ -210,7 +225,8 @@ fn run_command(wanted: &[Wanted], line: &str, refresh: bool) -> Result<bool> {
     let kit = Kit::gather(&[])?;
     let mut succeeded = true;
     for wanted in wanted {
-        let job = kit::job("command", ["/usr/bin/sh", kit::SCRIPT].map(str::to_owned).to_vec());
+        let command = ["/usr/bin/sh", kit::SCRIPT].map(str::to_owned).to_vec();
+        let job = kit::job("command", command, *wanted);
         let load = Load { jobs: vec![job], script: Some(line), ..Load::default() };
         let boot = kit.boot(*wanted, &wanted.get(refresh)?, load, &|line| println!("{line}"))?;
         if let Some(failure) = &boot.failure {

@@ -13,7 +13,7 @@ use super::kernels::{Apt, Kernel, Wanted, cache, quiet, unpack};
 use crate::process;
 
 /// The module.
-pub(super) const MODULE: &str = "nf_nat.ko";
+const MODULE: &str = "nf_nat.ko";
 
 /// The package of the source, what it holds, and what of that is needed.
 const SOURCE: &str = "linux-source-6.1";
@@ -103,17 +103,29 @@ fn version_of<'a>(files: &'a [PathBuf], package: &str) -> Result<&'a str> {
     versions.next().with_context(|| format!("{package} was not downloaded"))
 }
 
-/// Takes seconds, so it is done each time: nobody has to ask whether the edits have changed.
+/// Built anew where what it was built from last is not what it is to be built from.
 fn build(folder: &Path, release: &str) -> Result<PathBuf> {
-    let build = folder.join("build");
-    let _ = fs::remove_dir_all(&build);
-    fs::create_dir_all(&build).with_context(|| build.display().to_string())?;
+    let mut sources = vec![("Makefile", MAKEFILE.to_owned())];
     for file in FILES {
         let path = folder.join("sources").join(file);
         let source = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        fs::write(build.join(file), edited(file, source)?)?;
+        sources.push((file, edited(file, source)?));
     }
-    fs::write(build.join("Makefile"), MAKEFILE)?;
+    let done = folder.join("built");
+    let is_the_same = |(file, source): &(&str, String)| {
+        fs::read_to_string(done.join(file)).is_ok_and(|last| last == *source)
+    };
+    if sources.iter().all(is_the_same) {
+        return Ok(done.join(MODULE));
+    }
+    let build = folder.join("build");
+    for folder in [&build, &done] {
+        let _ = fs::remove_dir_all(folder);
+    }
+    fs::create_dir_all(&build).with_context(|| build.display().to_string())?;
+    for (file, source) in sources {
+        fs::write(build.join(file), source)?;
+    }
     let headers = folder.join("usr/src").join(format!("linux-headers-{release}"));
     let common = release.strip_suffix("-cloud-amd64").unwrap_or(release);
     let common = folder.join("usr/src").join(format!("linux-headers-{common}-common/Makefile"));
@@ -121,7 +133,8 @@ fn build(folder: &Path, release: &str) -> Result<PathBuf> {
     // The headers' own Makefile expects the packages to be installed.
     make.arg("-C").arg(&headers).arg("-f").arg(&common).arg(format!("M={}", build.display()));
     quiet(make.args(["CC=gcc", "modules"]))?;
-    Ok(build.join(MODULE))
+    fs::rename(&build, &done).with_context(|| done.display().to_string())?;
+    Ok(done.join(MODULE))
 }
 
 fn edited(file: &str, mut source: String) -> Result<String> {

@@ -7,7 +7,7 @@ use std::{
 
 use vxcsum_vm_init::Outcome;
 
-use super::machine::JobRun;
+use super::{kernels::Wanted, machine::JobRun};
 
 /// A test program of the package `tests`.
 #[derive(Debug, PartialEq, Eq)]
@@ -22,6 +22,9 @@ pub(crate) struct Program {
     pub(crate) quick: &'static [&'static str],
     /// Whether it is for the kernel with the original bug, and for no other.
     pub(crate) original_bug: bool,
+    /// Whether it depends on how events come from the kernel, or on what the BPF program for old
+    /// kernels can tell.
+    pub(crate) by_transport: bool,
 }
 
 /// A test that not every kernel can pass.
@@ -41,6 +44,7 @@ pub(crate) const SUITE: &[Program] = &[
         name: "lab_selfcheck",
         shows: "The lab itself: the bugs and their cures without vxcsum",
         quick: &["masquerade_stalls_the_connect_over_ipv4"],
+        by_transport: false,
         ..EVERYWHERE
     },
     Program {
@@ -97,6 +101,14 @@ pub(crate) const SUITE: &[Program] = &[
         name: "discovery",
         shows: "Devices followed as they come and go",
         quick: &["device_made_anew_with_another_policy"],
+        by_transport: false,
+        ..EVERYWHERE
+    },
+    Program {
+        name: "transports",
+        shows: "What the kernel lacks costs its own feature, and is told",
+        quick: &["nothing_is_missed_that_this_kernel_has"],
+        by_transport: false,
         ..EVERYWHERE
     },
     Program {
@@ -108,8 +120,14 @@ pub(crate) const SUITE: &[Program] = &[
 ];
 
 /// What most programs are like.
-const EVERYWHERE: Program =
-    Program { name: "", shows: "", demanding: &[], quick: &[], original_bug: false };
+const EVERYWHERE: Program = Program {
+    name: "",
+    shows: "",
+    demanding: &[],
+    quick: &[],
+    original_bug: false,
+    by_transport: true,
+};
 
 /// The first Linux with TCX.
 const TCX: (u32, u32) = (6, 6);
@@ -119,6 +137,12 @@ const NEVER: (u32, u32) = (u32::MAX, 0);
 const NO_TCX: &str = "no TCX";
 
 impl Program {
+    /// Whether it has something to say of this kernel.
+    pub(crate) fn is_for(&self, wanted: &Wanted) -> bool {
+        self.original_bug == wanted.original_bug
+            && (wanted.transport.is_none() || self.by_transport)
+    }
+
     /// Those of its tests that a kernel of this version cannot pass.
     pub(crate) fn impossible(&self, version: (u32, u32)) -> impl Iterator<Item = &'static Demand> {
         self.demanding.iter().filter(move |demand| version < demand.since)

@@ -1,6 +1,6 @@
 //! What the kernels have to say, as a table.
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, time::Duration};
 
 use anyhow::{Context, Result};
 
@@ -98,20 +98,26 @@ pub(super) fn print(columns: &[Column], programs: &[&Program]) {
 }
 
 impl Column {
-    /// What it says of a program.
+    /// What it says of a program, and how long that took.
     fn cell(&self, program: &Program) -> String {
         match self.verdicts.get(program.name) {
-            Some(verdict) => verdict.to_string(),
+            Some(verdict) => format!("{verdict}, {:.0?}", self.took(program)),
             None if program.original_bug => "bug fixed".to_owned(),
             None => String::new(),
         }
+    }
+
+    fn took(&self, program: &Program) -> Duration {
+        let run = self.boot.jobs.iter().find(|run| run.name == program.name);
+        run.map(|run| run.took).unwrap_or_default()
     }
 
     pub(super) fn title(&self) -> String {
         let release = self.boot.release.as_deref().unwrap_or(self.wanted.name);
         let release = release.trim_end_matches("-cloud-amd64");
         let bug = if self.wanted.original_bug { ", bug put back" } else { "" };
-        format!("{release}{bug}")
+        let transport = self.wanted.transport.map(|it| format!(", {it} buffers"));
+        format!("{release}{bug}{}", transport.unwrap_or_default())
     }
 }
 
