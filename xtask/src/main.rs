@@ -4,6 +4,7 @@
 
 mod build;
 mod demo;
+mod fuzz;
 mod lint;
 mod packages;
 mod process;
@@ -66,6 +67,8 @@ enum Task {
     },
     /// Runs tests on other kernels, in virtual machines
     Vm(vm::Options),
+    /// Throws all sorts of things at what vxcsum reads from outside
+    Fuzz(fuzz::Options),
     /// Formatting, clippy for both sides, licences and sources of dependencies
     Lint,
 }
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Task::Demo { original_bug } => demo::run(original_bug).map(|()| true),
         Task::Test { vm, arguments } => test::run(&arguments, vm),
         Task::Vm(options) => vm::run(&options).map(|ran| ran.passed),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Lint => lint::run(),
     };
     match all_well {
