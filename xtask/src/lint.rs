@@ -1,4 +1,4 @@
-//! Formatting, clippy for both sides, and cargo-deny.
+//! Formatting, clippy for both sides and the fuzz targets, cargo-deny, and Miri.
 
 use std::{env::consts::ARCH, process::Command};
 

@@ -69,7 +69,7 @@ enum Task {
     Vm(vm::Options),
     /// Throws all sorts of things at what vxcsum reads from outside
     Fuzz(fuzz::Options),
-    /// Formatting, clippy for both sides, licences and sources of dependencies
+    /// Formatting, clippy, licences and sources of dependencies, undefined behaviour
     Lint,
 }
 
