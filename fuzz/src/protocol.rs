@@ -13,7 +13,8 @@ pub fn check(data: &[u8]) {
     let lines: Vec<Value> =
         answer.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     assert!(answer.is_empty() || answer.ends_with('\n'));
-    if said.is_empty() {
+    // To the codec, this is the end of a line that is not there.
+    if said.is_empty() || said == b"\r" {
         assert!(lines.is_empty());
         return;
     }
