@@ -1,6 +1,8 @@
 //! The receiver's side: packets that this node drops for their outer UDP checksum.
 
 mod decode;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod kernel;
 
 use std::net::{IpAddr, Ipv6Addr};

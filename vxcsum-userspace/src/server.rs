@@ -1,5 +1,8 @@
 //! The Unix socket of the daemon.
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
+
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};

@@ -1,11 +1,12 @@
-//! Formatting, clippy for both sides, and cargo-deny.
+//! Formatting, clippy for both sides and the fuzz targets, cargo-deny, and Miri.
 
 use std::{env::consts::ARCH, process::Command};
 
 use anyhow::Result;
 
 use crate::{
-    process::{self, command},
+    fuzz,
+    process::{self, command, workspace},
     setup::{self, Goal},
     toolchain::{self, Compiler},
 };
@@ -20,8 +21,14 @@ pub(crate) fn run() -> Result<bool> {
         ("formatting", formatting()),
         ("clippy", clippy()),
         ("clippy of the BPF program", bpf_clippy()),
+        ("formatting of the fuzz targets", fuzz_formatting()),
+        ("clippy of the fuzz targets", fuzz_clippy()),
         ("licences, bans and sources of dependencies", deny(&["licenses", "bans", "sources"])),
     ];
+    let has_miri = Compiler::of_toolchain(toolchain::NIGHTLY).is_some_and(|it| it.miri);
+    if has_miri {
+        checks.push(("undefined behaviour", miri()));
+    }
     let advisories = advisories_can_be_fetched()?;
     if advisories {
         checks.push(("advisories on dependencies", deny(&["advisories"])));
@@ -32,6 +39,12 @@ pub(crate) fn run() -> Result<bool> {
         if !process::succeeds(&mut check)? {
             failed.push(name);
         }
+    }
+    if !has_miri {
+        eprintln!(
+            "lint: NOT checked: undefined behaviour, since there is no Miri for {}",
+            toolchain::NIGHTLY
+        );
     }
     if !advisories {
         eprintln!(
@@ -61,6 +74,24 @@ fn clippy() -> Command {
     cargo
 }
 
+/// The fuzz targets are a workspace of their own.
+fn fuzz_formatting() -> Command {
+    let mut cargo = command("cargo");
+    cargo.args(["fmt", "--all", "--check"]).current_dir(workspace().join(fuzz::FOLDER));
+    cargo
+}
+
+/// With what only they may see of the rest.
+fn fuzz_clippy() -> Command {
+    let mut cargo = command("cargo");
+    cargo
+        .args(["clippy", "--all-targets", "--target-dir=../target/fuzz-clippy"])
+        .args(["--", "--deny=warnings"])
+        .env("RUSTFLAGS", "--cfg=fuzzing")
+        .current_dir(workspace().join(fuzz::FOLDER));
+    cargo
+}
+
 /// Clippy with the compiler, the target and the configuration that the build script uses.
 fn bpf_clippy() -> Command {
     let nightly = Compiler::of_toolchain(toolchain::NIGHTLY);
@@ -79,6 +110,18 @@ fn bpf_clippy() -> Command {
         // The distribution's compiler is a stable one.
         cargo.env("RUSTC_BOOTSTRAP", "1");
     }
+    cargo
+}
+
+/// Miri over the crate that takes bytes apart. What is unsafe in the others asks the kernel for
+/// something, and Miri has no kernel.
+fn miri() -> Command {
+    let mut cargo = command("rustup");
+    cargo
+        .args(["run", toolchain::NIGHTLY, "cargo", "miri", "test", "--package=vxcsum-common"])
+        .arg("--target-dir=target/miri")
+        // Millions of look-ups, which take Miri an hour.
+        .args(["--", "--skip=every_port_is_found_and_no_other"]);
     cargo
 }
 

@@ -5,6 +5,7 @@
 mod bench;
 mod build;
 mod demo;
+mod fuzz;
 mod lint;
 mod packages;
 mod process;
@@ -69,7 +70,9 @@ enum Task {
     Vm(vm::Options),
     /// Measures vxcsum against its limits and its peers, and plots it
     Bench(bench::Options),
-    /// Formatting, clippy for both sides, licences and sources of dependencies
+    /// Throws all sorts of things at what vxcsum reads from outside
+    Fuzz(fuzz::Options),
+    /// Formatting, clippy, licences and sources of dependencies, undefined behaviour
     Lint,
 }
 
@@ -82,6 +85,7 @@ fn main() -> ExitCode {
         Task::Test { vm, arguments } => test::run(&arguments, vm),
         Task::Vm(options) => vm::run(&options).map(|ran| ran.passed),
         Task::Bench(options) => bench::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Lint => lint::run(),
     };
     match all_well {

@@ -23,6 +23,7 @@ pub(crate) struct Tool {
 const LAB: &[Goal] = &[Goal::Demo, Goal::Test, Goal::Vm, Goal::Bench];
 const VM: &[Goal] = &[Goal::Vm];
 const BENCH: &[Goal] = &[Goal::Bench];
+const CAPTURES: &[Goal] = &[Goal::Test, Goal::Fuzz];
 
 /// Every tool, in the order in which it is named to the user.
 pub(crate) const TOOLS: &[Tool] = &[
@@ -94,21 +95,28 @@ pub(crate) const TOOLS: &[Tool] = &[
         debian: "wireshark-common",
         fedora: "wireshark-cli",
         why: "turns captures into other formats",
-        goals: &[Goal::Test],
+        goals: CAPTURES,
     },
     Tool {
         binary: "zstd",
         debian: "zstd",
         fedora: "zstd",
         why: "compresses captures",
-        goals: &[Goal::Test],
+        goals: CAPTURES,
     },
     Tool {
         binary: "gzip",
         debian: "gzip",
         fedora: "gzip",
         why: "compresses captures",
-        goals: &[Goal::Test],
+        goals: CAPTURES,
+    },
+    Tool {
+        binary: "c++",
+        debian: "g++",
+        fedora: "gcc-c++",
+        why: "compiles libFuzzer, which fuzz targets are linked with",
+        goals: &[Goal::Fuzz, Goal::Lint],
     },
     Tool {
         binary: "qemu-system-x86_64",

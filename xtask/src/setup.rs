@@ -16,6 +16,8 @@ use crate::{
 
 /// The cargo-deny that is installed where there is none; any that is there will do.
 const CARGO_DENY: &str = "cargo-deny@0.20.2";
+/// The same of cargo-fuzz.
+const CARGO_FUZZ: &str = "cargo-fuzz@0.13.2";
 /// The LLVM that Debian packages next to its `rustc-web`.
 const DEBIAN_LLVM: u32 = 22;
 
@@ -34,6 +36,17 @@ pub(crate) enum Goal {
     Bench,
     /// Linters
     Lint,
+    /// Fuzz targets
+    Fuzz,
+}
+
+/// What rustup was asked for and has not got.
+#[derive(Clone, Copy, Debug, Default)]
+struct Refused {
+    /// The sources of the standard library.
+    sources: bool,
+    /// Miri, which has not been built for every nightly.
+    miri: bool,
 }
 
 /// What is known of the machine.
@@ -45,27 +58,28 @@ struct Facts {
     nightly: Option<Compiler>,
     linked: Option<Compiler>,
     distribution_is_fit: bool,
-    /// rustup was asked for the sources of the standard library and has none to give.
-    sources_refused: bool,
+    refused: Refused,
     llvm: Vec<Llvm>,
     linker: Option<Linker>,
     missing_tools: Vec<&'static Tool>,
     cargo_deny: bool,
+    cargo_fuzz: bool,
 }
 
 impl Facts {
-    fn gather(goals: &[Goal], sources_refused: bool) -> Self {
+    fn gather(goals: &[Goal], refused: Refused) -> Self {
         Self {
             manager: PackageManager::detect(),
             rustup: process::find("rustup").is_some(),
             nightly: Compiler::of_toolchain(toolchain::NIGHTLY),
             linked: Compiler::of_toolchain(toolchain::LINKED),
             distribution_is_fit: toolchain::distribution_is_fit(),
-            sources_refused,
+            refused,
             llvm: toolchain::installed_llvm(),
             linker: Linker::installed(),
             missing_tools: packages::missing_tools(goals),
             cargo_deny: process::find("cargo-deny").is_some(),
+            cargo_fuzz: process::find("cargo-fuzz").is_some(),
         }
     }
 
@@ -101,8 +115,10 @@ enum Step {
     InstallPackages(PackageManager, Vec<Package>),
     LinkDistribution,
     AddClippy,
+    AddMiri,
     InstallBpfLinker(Option<Llvm>),
     InstallCargoDeny,
+    InstallCargoFuzz,
 }
 
 impl Display for Step {
@@ -127,6 +143,11 @@ impl Display for Step {
                 "installing clippy for {} through rustup: lints the BPF program",
                 toolchain::NIGHTLY
             ),
+            Self::AddMiri => write!(
+                formatter,
+                "installing Miri for {} through rustup: looks for undefined behaviour",
+                toolchain::NIGHTLY
+            ),
             Self::InstallBpfLinker(_) => write!(
                 formatter,
                 "installing bpf-linker {} through cargo, which takes about a minute: \
@@ -137,6 +158,11 @@ impl Display for Step {
                 formatter,
                 "installing {CARGO_DENY} through cargo, which takes some minutes: checks licences \
                  and sources of dependencies"
+            ),
+            Self::InstallCargoFuzz => write!(
+                formatter,
+                "installing {CARGO_FUZZ} through cargo, which takes a minute: builds fuzz targets \
+                 with coverage and sanitizers, and runs them"
             ),
         }
     }
@@ -166,7 +192,7 @@ fn choose(facts: &Facts) -> Result<Choice<'_>> {
         return Ok(Choice::Linked(linked));
     }
     if let Some(nightly) = &facts.nightly
-        && !facts.sources_refused
+        && !facts.refused.sources
         && facts.linker_can_be_had(nightly.llvm)
     {
         return Ok(Choice::NightlyWithSources(nightly));
@@ -204,12 +230,23 @@ fn plan(facts: &Facts, goals: &[Goal]) -> Result<Vec<Step>> {
     {
         steps.push(Step::AddClippy);
     }
+    // It takes the sources of the standard library as well.
+    if let Choice::Nightly(nightly) | Choice::NightlyWithSources(nightly) = choice
+        && goals.contains(&Goal::Lint)
+        && !nightly.miri
+        && !facts.refused.miri
+    {
+        steps.push(Step::AddMiri);
+    }
     let compiler_llvm = llvm_of(&choice);
     if !facts.has_linker_for(compiler_llvm) {
         steps.push(Step::InstallBpfLinker(facts.llvm_for(compiler_llvm).cloned()));
     }
     if goals.contains(&Goal::Lint) && !facts.cargo_deny {
         steps.push(Step::InstallCargoDeny);
+    }
+    if goals.contains(&Goal::Fuzz) && !facts.cargo_fuzz {
+        steps.push(Step::InstallCargoFuzz);
     }
     Ok(steps)
 }
@@ -292,7 +329,7 @@ fn another_way(facts: &Facts, choice: &Choice) -> String {
 
 /// Says what [`run`] would do.
 pub(crate) fn show_plan(goals: &[Goal]) -> Result<bool> {
-    let steps = plan(&Facts::gather(goals, false), goals)?;
+    let steps = plan(&Facts::gather(goals, Refused::default()), goals)?;
     if steps.is_empty() {
         println!("nothing is missing");
     }
@@ -307,10 +344,10 @@ pub(crate) fn show_plan(goals: &[Goal]) -> Result<bool> {
 
 /// Installs what these goals need and is missing. Says nothing if that is nothing.
 pub(crate) fn run(goals: &[Goal]) -> Result<()> {
-    let mut sources_refused = false;
+    let mut refused = Refused::default();
     let mut previous = None;
     loop {
-        let steps = plan(&Facts::gather(goals, sources_refused), goals)?;
+        let steps = plan(&Facts::gather(goals, refused), goals)?;
         let Some(step) = steps.into_iter().next() else {
             return Ok(());
         };
@@ -319,10 +356,14 @@ pub(crate) fn run(goals: &[Goal]) -> Result<()> {
         }
         eprintln!("setup: {step}");
         match perform(&step) {
-            // The one thing that may fail, since there is another way.
+            // The two things that may fail, since there is another way, or less is checked.
             Err(reason) if step == Step::AddLibrarySources => {
                 eprintln!("setup: rustup cannot ({reason:#}); trying the distribution's compiler");
-                sources_refused = true;
+                refused.sources = true;
+            }
+            Err(reason) if step == Step::AddMiri => {
+                eprintln!("setup: rustup cannot ({reason:#}); going on without it");
+                refused.miri = true;
             }
             outcome => outcome?,
         }
@@ -336,12 +377,16 @@ fn perform(step: &Step) -> Result<()> {
         Step::InstallPackages(manager, packages) => packages::install(*manager, packages),
         Step::LinkDistribution => toolchain::link_distribution(),
         Step::AddClippy => toolchain::add_clippy(),
+        Step::AddMiri => toolchain::add_miri(),
         Step::InstallBpfLinker(llvm) => {
             let llvm = llvm.as_ref().context("there is no LLVM to build bpf-linker with")?;
             toolchain::install_bpf_linker(llvm)
         }
         Step::InstallCargoDeny => {
             process::run(process::command("cargo").args(["install", "--locked", CARGO_DENY]))
+        }
+        Step::InstallCargoFuzz => {
+            process::run(process::command("cargo").args(["install", "--locked", CARGO_FUZZ]))
         }
     }
 }
@@ -354,9 +399,10 @@ mod tests {
 
     const BUILD: &[Goal] = &[Goal::Build];
     const LINT: &[Goal] = &[Goal::Lint];
+    const NO_SOURCES: Refused = Refused { sources: true, miri: false };
 
     fn compiler(library_sources: bool, llvm: u32) -> Compiler {
-        Compiler { library_sources, llvm, clippy: true }
+        Compiler { library_sources, llvm, clippy: true, miri: true }
     }
 
     fn llvm(major: u32) -> Llvm {
@@ -416,7 +462,7 @@ mod tests {
 
     #[test]
     fn the_distribution_steps_in_where_rustup_refuses() {
-        let steps = plan(&Facts { sources_refused: true, ..fresh() }, BUILD).unwrap();
+        let steps = plan(&Facts { refused: NO_SOURCES, ..fresh() }, BUILD).unwrap();
         assert_eq!(package_names(&steps), ["rustc-web", "rust-web-src", "llvm-22-dev"]);
         assert_eq!(steps[1..], [Step::LinkDistribution, Step::InstallBpfLinker(None)]);
     }
@@ -435,7 +481,7 @@ mod tests {
 
     #[test]
     fn installed_packages_are_only_linked() {
-        let facts = Facts { linked: None, sources_refused: true, ..distribution_ready() };
+        let facts = Facts { linked: None, refused: NO_SOURCES, ..distribution_ready() };
         assert_eq!(plan(&facts, BUILD).unwrap(), [Step::LinkDistribution]);
     }
 
@@ -469,9 +515,19 @@ mod tests {
         assert_eq!(package_names(&steps), ["rust-web-clippy"]);
         assert_eq!(steps[1..], [Step::InstallCargoDeny]);
 
-        let bare = Compiler { clippy: false, ..compiler(true, 22) };
+        let bare = Compiler { clippy: false, miri: false, ..compiler(true, 22) };
         let facts = Facts { nightly: Some(bare), cargo_deny: true, ..nightly_ready() };
-        assert_eq!(plan(&facts, LINT).unwrap(), [Step::AddClippy]);
+        assert_eq!(plan(&facts, LINT).unwrap(), [Step::AddClippy, Step::AddMiri]);
+        let refused = Refused { miri: true, ..Refused::default() };
+        assert_eq!(plan(&Facts { refused, ..facts }, LINT).unwrap(), [Step::AddClippy]);
+    }
+
+    #[test]
+    fn fuzzing_needs_cargo_fuzz() {
+        let steps = plan(&nightly_ready(), &[Goal::Fuzz]).unwrap();
+        assert_eq!(steps, [Step::InstallCargoFuzz]);
+        let facts = Facts { cargo_fuzz: true, ..nightly_ready() };
+        assert_eq!(plan(&facts, &[Goal::Fuzz]).unwrap(), []);
     }
 
     #[test]
@@ -491,7 +547,7 @@ mod tests {
         let steps = plan(&facts, BUILD).unwrap();
         assert_eq!(steps[0], Step::AddLibrarySources);
         assert_eq!(package_names(&steps), ["llvm-devel"]);
-        let message = plan(&Facts { sources_refused: true, ..facts }, BUILD).unwrap_err();
+        let message = plan(&Facts { refused: NO_SOURCES, ..facts }, BUILD).unwrap_err();
         assert!(message.to_string().contains("rustup toolchain install"), "{message}");
     }
 

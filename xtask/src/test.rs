@@ -5,7 +5,6 @@ use std::{
     ffi::OsString,
     fmt::{self, Display, Formatter},
     io::{self, Read, Write},
-    path::Path,
     process::{Command, Stdio},
 };
 
@@ -36,15 +35,15 @@ pub(crate) fn run(arguments: &[String], vm: bool) -> Result<bool> {
     let mut total = Total::default();
     let mut succeeded = true;
     for (mut cargo, transport) in [(cargo_test(), None), (cargo_test_again(), Some("perf"))] {
-        cargo.env(BINARY_VARIABLE, &binary);
         if let Some(transport) = transport {
             println!("\nAgain over {transport} buffers, as on kernels before 5.8:");
-            cargo.env(TRANSPORT_VARIABLE, transport);
         }
-        if let Some(runner) = runner(&binary, transport)? {
+        let mut variables = vec![(BINARY_VARIABLE, binary.clone().into_os_string())];
+        variables.extend(transport.map(|it| (TRANSPORT_VARIABLE, it.into())));
+        if let Some(runner) = runner(&variables)? {
             cargo.arg("--config").arg(runner);
         }
-        cargo.arg("--").args(arguments);
+        cargo.envs(variables).arg("--").args(arguments);
         let (mut part, part_succeeded) = stream(&mut cargo)?;
         if !part_succeeded {
             // A test program that was killed has not told how many of its tests failed.
@@ -123,8 +122,8 @@ fn cargo_test_again() -> Command {
     cargo
 }
 
-/// cargo's setting that runs the test programs, and only them, through sudo.
-fn runner(binary: &Path, transport: Option<&str>) -> Result<Option<String>> {
+/// cargo's setting that runs the test programs, and only them, through sudo, with these variables.
+pub(crate) fn runner(variables: &[(&str, OsString)]) -> Result<Option<String>> {
     if Uid::effective().is_root() {
         return Ok(None);
     }
@@ -133,11 +132,12 @@ fn runner(binary: &Path, transport: Option<&str>) -> Result<Option<String>> {
     let mut words = sudo;
     words.push("env".into());
     words.push(assignment("PATH", &process::SEARCH_PATH));
-    words.push(assignment(BINARY_VARIABLE, binary.as_os_str()));
-    words.extend(transport.map(|it| assignment(TRANSPORT_VARIABLE, it.as_ref())));
+    words.extend(variables.iter().map(|(name, value)| assignment(name, value)));
+    let is_given = |name: &str| variables.iter().any(|(given, _)| *given == name);
     words.extend(
         env::vars_os()
             .filter(|(name, _)| is_for_tests(&name.to_string_lossy()))
+            .filter(|(name, _)| !is_given(&name.to_string_lossy()))
             .map(|(name, value)| assignment(&name.to_string_lossy(), &value)),
     );
     let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();

@@ -39,6 +39,8 @@ pub(crate) struct Compiler {
     pub(crate) llvm: u32,
     /// Whether clippy is there.
     pub(crate) clippy: bool,
+    /// Whether Miri is there.
+    pub(crate) miri: bool,
 }
 
 impl Compiler {
@@ -52,6 +54,7 @@ impl Compiler {
             library_sources: Path::new(&sysroot).join(LIBRARY_SOURCES).is_dir(),
             llvm: llvm_of(&ask("rustc", &["-vV"])?)?,
             clippy: ask("cargo-clippy", &["--version"]).is_some(),
+            miri: ask("cargo-miri", &["miri", "--version"]).is_some(),
         })
     }
 }
@@ -158,6 +161,11 @@ pub(crate) fn add_library_sources() -> Result<()> {
 pub(crate) fn add_clippy() -> Result<()> {
     add_component("clippy")
         .with_context(|| format!("rustup cannot add clippy to {NIGHTLY}, to lint the BPF program"))
+}
+
+/// Asks rustup for nightly's Miri.
+pub(crate) fn add_miri() -> Result<()> {
+    add_component("miri")
 }
 
 fn add_component(component: &str) -> Result<()> {

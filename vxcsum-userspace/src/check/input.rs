@@ -75,7 +75,7 @@ impl Source {
 }
 
 /// Decompresses what starts like something compressed.
-fn decompressed(mut raw: Box<dyn Read>) -> io::Result<Box<dyn Read>> {
+pub(super) fn decompressed(mut raw: Box<dyn Read>) -> io::Result<Box<dyn Read>> {
     let mut magic = Vec::new();
     raw.by_ref().take(ZSTD_MAGIC.len() as u64).read_to_end(&mut magic)?;
     let (is_gzip, is_zstd) = (magic.starts_with(&GZIP_MAGIC), magic == ZSTD_MAGIC);

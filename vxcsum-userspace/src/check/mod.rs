@@ -1,6 +1,8 @@
 //! `vxcsum check`: the verdicts of the kernel's side over capture files.
 
 pub(crate) mod args;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod input;
 mod judge;
 mod link;

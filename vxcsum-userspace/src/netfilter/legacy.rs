@@ -94,7 +94,7 @@ fn get(socket: &UdpSocket, level: c_int, option: c_int, buffer: &mut [u8]) -> io
 
 /// What the kernel says of a table as a whole.
 #[derive(Clone, Copy, Debug, Default)]
-struct Info {
+pub(super) struct Info {
     /// Offset of the first rule of each hook that there is.
     hooks: [Option<usize>; 5],
     /// Offset of the rule that is the policy of each hook.
@@ -104,7 +104,7 @@ struct Info {
 }
 
 impl Info {
-    fn read(bytes: &[u8]) -> Option<Self> {
+    pub(super) fn read(bytes: &[u8]) -> Option<Self> {
         let valid = u32_at(bytes, 32)?;
         let mut info = Self { len: u32_at(bytes, 80)? as usize, ..Self::default() };
         for hook in 0..5 {
@@ -119,11 +119,11 @@ impl Info {
 /// In the order of `enum nf_inet_hooks`.
 const HOOKS: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
 
-struct Table<'a> {
-    name: &'a str,
-    family: Family,
-    info: Info,
-    bytes: &'a [u8],
+pub(super) struct Table<'a> {
+    pub(super) name: &'a str,
+    pub(super) family: Family,
+    pub(super) info: Info,
+    pub(super) bytes: &'a [u8],
 }
 
 /// `struct ipt_entry` or `struct ip6t_entry`
@@ -159,7 +159,7 @@ impl<'a> Table<'a> {
         })
     }
 
-    fn save(&self) -> Option<String> {
+    pub(super) fn save(&self) -> Option<String> {
         // First what chains there are, by where they begin: that is what jumps name.
         let mut chains: Vec<(usize, String)> = Vec::new();
         for (hook, name) in HOOKS.iter().enumerate() {

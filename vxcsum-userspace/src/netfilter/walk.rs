@@ -1,5 +1,6 @@
 //! The way of a packet out of the node, through all rules that it meets.
 
+use std::cell::Cell;
 use std::cmp::Ordering;
 use std::net::IpAddr;
 
@@ -125,6 +126,8 @@ pub fn walk(
 
 /// Most rules that a packet is followed through: maps and doubts may lead to the same chain often.
 const MAX_RULES: u32 = 400_000;
+/// Most places that are remembered, 16 bytes each: every rule that is met has the way there with it.
+const MAX_PLACES: usize = 1 << 18;
 /// Deepest nesting of chains; nftables allows 16 (`NFT_JUMP_STACK_SIZE`).
 pub(super) const MAX_DEPTH: usize = 64;
 
@@ -197,6 +200,8 @@ struct Walk<'a> {
     /// has missed.
     is_rewritten: Truth,
     budget: u32,
+    /// In all of `walked`.
+    places: Cell<usize>,
     walked: Walked,
 }
 
@@ -230,6 +235,7 @@ impl<'a> Walk<'a> {
             is_tracked: Truth::Yes,
             is_rewritten: Truth::No,
             budget: MAX_RULES,
+            places: Cell::new(0),
             walked: Walked::default(),
         }
     }
@@ -253,7 +259,8 @@ impl<'a> Walk<'a> {
         let mut may_have_ended = false;
         let rules = self.rules;
         for (number, rule) in rules.chains[chain].rules.iter().enumerate() {
-            let Some(budget) = self.budget.checked_sub(1) else {
+            let is_full = self.places.get() >= MAX_PLACES;
+            let Some(budget) = self.budget.checked_sub(1).filter(|_| !is_full) else {
                 self.walked.is_cut = true;
                 return Left::Back { is_certain: false };
             };
@@ -283,6 +290,7 @@ impl<'a> Walk<'a> {
         for step in &rule.steps {
             let met = |walk: &Self| {
                 let is_match = matches == Truth::Yes && walk.maybes == 0;
+                walk.places.set(walk.places.get() + walk.path.len());
                 Met {
                     path: walk.path.clone(),
                     is_match,
