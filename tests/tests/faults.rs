@@ -505,6 +505,9 @@ fn client_that_is_stopped_for_long() -> Result<()> {
     let daemon = socket.run(&lab.a, ["--quiet", "--events-per-second", "0"])?;
     let before = Held::at_rest(daemon.pid())?;
     let tail = socket.tail(["--json"])?;
+    // It has said by then what it wants.
+    send_stale(&lab, 1)?;
+    tail.wait_events(1, PLENTY)?;
     tail.signal(Signal::SIGSTOP)?;
     for _ in 0..EVENTS / 500 {
         send_stale(&lab, 500)?;
@@ -518,7 +521,8 @@ fn client_that_is_stopped_for_long() -> Result<()> {
         let words = said.iter().flat_map(|line| line.split(' '));
         words.filter_map(|word| word.parse::<usize>().ok()).sum()
     };
-    wait_until("it has made up for it", PLENTY, || Ok(tail.lines().len() + missed() == emitted))?;
+    wait_until("it has made up for it", PLENTY, || Ok(tail.lines().len() + missed() == emitted))
+        .with_context(|| format!("{} of {emitted}: {:?}", tail.lines().len(), tail.stderr()))?;
     assert!(missed() > 0);
     drop(tail);
     wait_as_before(daemon.pid(), &before)
