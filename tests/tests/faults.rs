@@ -495,6 +495,39 @@ fn interface_without_a_file_for_it() -> Result<()> {
     before.wait_gone()
 }
 
+/// It is told in the end what it has missed, however long it was stopped.
+#[test]
+fn client_that_is_stopped_for_long() -> Result<()> {
+    const EVENTS: usize = 6000;
+    // Others are given up after ten seconds.
+    const LONG: Duration = Duration::from_secs(11);
+    let (lab, socket) = (lab()?, Socket::new()?);
+    let daemon = socket.run(&lab.a, ["--quiet", "--events-per-second", "0"])?;
+    let before = Held::at_rest(daemon.pid())?;
+    let tail = socket.tail(["--json"])?;
+    // It has said by then what it wants.
+    send_stale(&lab, 1)?;
+    tail.wait_events(1, PLENTY)?;
+    tail.signal(Signal::SIGSTOP)?;
+    for _ in 0..EVENTS / 500 {
+        send_stale(&lab, 500)?;
+        thread::sleep(Duration::from_millis(50));
+    }
+    let emitted = socket.status()?.events.emitted as usize;
+    thread::sleep(LONG);
+    tail.signal(Signal::SIGCONT)?;
+    let missed = || -> usize {
+        let said = tail.stderr();
+        let words = said.iter().flat_map(|line| line.split(' '));
+        words.filter_map(|word| word.parse::<usize>().ok()).sum()
+    };
+    wait_until("it has made up for it", PLENTY, || Ok(tail.lines().len() + missed() == emitted))
+        .with_context(|| format!("{} of {emitted}: {:?}", tail.lines().len(), tail.stderr()))?;
+    assert!(missed() > 0);
+    drop(tail);
+    wait_as_before(daemon.pid(), &before)
+}
+
 /// Whoever reaches the port of the metrics takes no more than some of them.
 #[test]
 fn scrapers_that_say_nothing() -> Result<()> {

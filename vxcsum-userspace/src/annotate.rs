@@ -3,12 +3,13 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
 use crate::cause::{Explainer, without_rules};
+use crate::clock;
 use crate::event::Direction;
 use crate::memory;
 use crate::netfilter;
@@ -101,7 +102,7 @@ struct Rules {
 /// Rules that are being read.
 struct Reading {
     began: Instant,
-    time: SystemTime,
+    time: Duration,
     result: oneshot::Receiver<netfilter::Ruleset>,
 }
 
@@ -121,7 +122,7 @@ impl Rules {
             return;
         }
         let (send, result) = oneshot::channel();
-        let time = SystemTime::now();
+        let time = clock::boot();
         let reader = thread::Builder::new().name("rules".to_owned()).spawn(move || {
             // Nobody waits for them any more when the daemon ends.
             let _ = send.send(netfilter::read());

@@ -140,16 +140,16 @@ enum Missed {
 #[derive(Debug)]
 pub struct Explainer {
     rules: Ruleset,
-    /// From when on their counters are.
-    read: SystemTime,
+    /// From when on their counters are, by the clock of events, which nobody can set.
+    read: Duration,
     looks_at_source_ports: bool,
     unread: Option<Arc<str>>,
     known: HashMap<(Packet, Packet, Rewritten, Verdict), Reasons>,
 }
 
 impl Explainer {
-    /// By these rules, which were read from that time on.
-    pub fn new(rules: Ruleset, read: SystemTime) -> Self {
+    /// By these rules, which were read from that time on, by the clock of events.
+    pub fn new(rules: Ruleset, read: Duration) -> Self {
         Self {
             looks_at_source_ports: rules.looks_at_source_ports(),
             unread: (!rules.unread.is_empty()).then(|| rules.unread.join("; ").into()),
@@ -170,7 +170,7 @@ impl Explainer {
         }
         let inner = inner_packet(event, &self.rules);
         // A counter that was still zero before the packet came proves nothing.
-        let believe_counters = event.time <= self.read;
+        let believe_counters = event.trace.boot() <= self.read;
         let key = (outer, inner, rewritten, event.verdict);
         let reasons = if let Some(reasons) = self.known.get(&key) {
             reasons.clone()

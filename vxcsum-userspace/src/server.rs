@@ -222,6 +222,10 @@ struct Client {
 /// The client is gone, or takes nothing any more.
 struct Gone;
 
+fn json(value: &impl Serialize) -> Result<String, Gone> {
+    serde_json::to_string(value).map_err(|_| Gone)
+}
+
 impl Client {
     async fn serve(mut self, channels: Channels) {
         // Subscribed first: what happens from now on is what the client sees.
@@ -249,16 +253,15 @@ impl Client {
     }
 
     async fn say(&mut self, value: &impl Serialize) -> Result<(), Gone> {
-        self.say_line(&serde_json::to_string(value).map_err(|_| Gone)?).await
+        timeout(PATIENCE, self.tell(&json(value)?)).await.map_err(|_| Gone)?
     }
 
-    async fn say_line(&mut self, line: &str) -> Result<(), Gone> {
-        match timeout(PATIENCE, self.lines.send(line)).await {
-            Ok(Ok(())) => Ok(()),
-            _ => Err(Gone),
-        }
+    async fn tell(&mut self, line: &str) -> Result<(), Gone> {
+        self.lines.send(line).await.map_err(|_| Gone)
     }
 
+    /// A client that does not read is waited for, as long as it is there: it may have been stopped, and
+    /// is told later what it has missed.
     async fn tail(
         &mut self,
         filter: &Filter,
@@ -270,20 +273,20 @@ impl Client {
         while has_events || has_stalls {
             tokio::select! {
                 event = events.recv(), if has_events => match event {
-                    Ok(event) if filter.matches(&event) => self.say_line(event.json()).await?,
+                    Ok(event) if filter.matches(&event) => self.tell(event.json()).await?,
                     Ok(_) => {}
                     Err(broadcast::error::RecvError::Lagged(count)) => {
-                        self.say(&Notice::Missed(count)).await?;
+                        self.tell(&json(&Notice::Missed(count))?).await?;
                     }
                     Err(broadcast::error::RecvError::Closed) => has_events = false,
                 },
                 line = stalls.recv(), if has_stalls => match line {
                     Ok(line) if filter.matches_stall(&line.stall) => {
-                        self.say(line.as_ref()).await?;
+                        self.tell(&json(line.as_ref())?).await?;
                     }
                     Ok(_) => {}
                     Err(broadcast::error::RecvError::Lagged(count)) => {
-                        self.say(&Notice::MissedStalls(count)).await?;
+                        self.tell(&json(&Notice::MissedStalls(count))?).await?;
                     }
                     Err(broadcast::error::RecvError::Closed) => has_stalls = false,
                 },

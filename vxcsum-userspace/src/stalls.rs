@@ -69,6 +69,11 @@ enum Datagram {
 }
 
 impl Trace {
+    /// When the packet left, by `CLOCK_BOOTTIME`.
+    pub(crate) const fn boot(&self) -> Duration {
+        self.boot
+    }
+
     /// Reads what an event leaves out.
     pub(crate) fn read(
         raw: &layout::Event,
