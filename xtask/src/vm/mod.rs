@@ -99,7 +99,7 @@ pub(crate) fn run(options: &Options) -> Result<Ran> {
     table::print(&columns, &programs);
     println!("{} kernels in {} s", columns.len(), start.elapsed().as_secs());
     if options.readme {
-        table::write_readme(&columns)?;
+        table::write_readme(&columns, options.quick)?;
     }
     Ok(Ran { passed: columns.iter().all(Column::is_good), not_had })
 }

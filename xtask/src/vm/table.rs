@@ -125,12 +125,15 @@ impl Column {
 const START: &str = "<!-- written by `cargo xtask vm --readme`: -->\n";
 const END: &str = "<!-- end of what it has written -->\n";
 
-/// Writes the table into the README.
-pub(super) fn write_readme(columns: &[Column]) -> Result<()> {
+/// Writes the table into the README; after a quick look it says that it comes of one.
+pub(super) fn write_readme(columns: &[Column], quick: bool) -> Result<()> {
     let path = process::workspace().join("README.md");
     let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let (before, _, after) = parts(&text).context("README.md has no place for the table")?;
-    fs::write(&path, format!("{before}{START}{}{END}{after}", markdown(columns)))
+    let table = markdown(columns);
+    let said =
+        if quick { "\nSo far only some tests of each row were tried (`--quick`).\n" } else { "" };
+    fs::write(&path, format!("{before}{START}{table}{said}{END}{after}"))
         .with_context(|| path.display().to_string())
 }
 
@@ -179,8 +182,9 @@ mod tests {
     fn the_readme_has_a_row_for_each_program_and_a_column_for_each_kernel() {
         let readme = fs::read_to_string(process::workspace().join("README.md")).unwrap();
         let (_, table, _) = parts(&readme).unwrap();
+        let rows = table.lines().filter(|line| line.starts_with('|'));
         let rows: Vec<Vec<_>> =
-            table.lines().map(|line| line.trim_matches('|').split('|').collect()).collect();
+            rows.map(|row| row.trim_matches('|').split('|').collect()).collect();
         assert!(rows.iter().all(|row| row.len() == 1 + WANTED.len()), "{table}");
         let first: Vec<_> = rows.iter().skip(2).map(|row| row[0].trim()).collect();
         let shows: Vec<_> = SUITE.iter().map(|program| program.shows).collect();
