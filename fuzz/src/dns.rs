@@ -23,7 +23,7 @@ pub fn check(data: &[u8]) {
     let end = query.len();
     query.extend(&data[end..end + 2]);
     assert_eq!(Question::read(&query), Some(question));
-    assert_eq!(Question::read(&query[..end + 1]), None);
+    assert_eq!(Question::read(&query[..=end]), None);
 }
 
 fn unescaped(label: &str) -> Vec<u8> {
@@ -31,7 +31,7 @@ fn unescaped(label: &str) -> Vec<u8> {
     let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
     for part in parts {
         bytes.push(part[..3].parse().expect("three digits"));
-        bytes.extend(part[3..].as_bytes());
+        bytes.extend(&part.as_bytes()[3..]);
     }
     bytes
 }

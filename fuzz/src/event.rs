@@ -23,7 +23,7 @@ pub fn check(data: &[u8]) {
         fix_unproven: false,
         events_per_second: 0,
     };
-    let link = Link { is_raw_ip: data.len() % 7 == 0, ..Link::default() };
+    let link = Link { is_raw_ip: data.len().is_multiple_of(7), ..Link::default() };
     let plan = Plan::new(&wish, &link, &Links::default(), (32768, 60999)).expect("two ports");
     let source = Source { interface: "eth0".to_owned(), plan };
     let follower: Arc<Mutex<dyn Follow>> = Arc::new(Mutex::new(Nobody));

@@ -18,7 +18,7 @@ pub fn check(data: &[u8]) {
     let packet = packet(&scene);
     let known = &scene.case.known;
     if let Ok(Some((at, _))) = locate(&packet, known)
-        && packet.len <= usize::from(u16::MAX)
+        && u16::try_from(packet.len).is_ok()
     {
         assert_eq!(Location::from_bits(at.to_bits()), at, "as the BPF program hands it on");
         assert!(at.ip < at.udp && at.udp + UDP_LEN <= packet.bytes.len());

@@ -16,6 +16,7 @@ use vxcsum_tests::evidence::{frames_of, sent_by_a};
 use vxcsum_tests::lab::{Family, Lab, LabConfig, MASQUERADE_MARK, NIC, Nat, OuterSum, VXLAN};
 use vxcsum_tests::oracle::Transport;
 use vxcsum_tests::traffic::{self, TcpServer, UdpServer};
+use vxcsum_tests::wait::wait_until;
 
 /// A lost SYN is sent again after a second, and is lost as well.
 const STALL: Duration = Duration::from_millis(1500);
@@ -59,8 +60,12 @@ fn the_kernel_itself_makes_ffff_and_it_is_told() -> Result<()> {
         let capture = Capture::start(&lab.b, NIC, Direction::In)?;
         let vxcsum = Daemon::start(&lab.a, NIC, [""; 0])?;
         assert_eq!(traffic::try_connect(&lab.a, tcp.address(), LOST)?, None);
-        assert!(traffic::udp_request(&lab.a, udp.address(), &traffic::dns_query(), LOST).is_err());
+        let ask = || traffic::udp_request(&lab.a, udp.address(), &traffic::dns_query(), LOST);
+        assert!(ask().is_err());
         vxcsum.wait_events(2, PLENTY)?;
+        wait_until("the rule is named", PLENTY, || {
+            Ok(vxcsum.events()?.iter().any(names_the_rule) || ask().is_ok())
+        })?;
         let (events, summary) = vxcsum.stop()?;
         let received = sent_by_a(&lab, &capture.stop()?)?;
         let mangled: Vec<_> = received.iter().filter(|frame| frame.outer.check != 0).collect();
