@@ -33,6 +33,7 @@ const NOT_VXLAN: u64 = CUT - 2;
 #[inline(never)]
 pub(crate) extern "C" fn examine(ctx: *mut __sk_buff, at: u64) -> u64 {
     let (Some(known), Some(counters)) = (Known::get(), counters()) else { return 0 };
+    let at = known.oblivion.take(at);
     let at = if at == ANYWHERE { reaching(ctx, || locate(ctx)) } else { at };
     let at = known.oblivion.take(at);
     let told = match at {
@@ -43,6 +44,7 @@ pub(crate) extern "C" fn examine(ctx: *mut __sk_buff, at: u64) -> u64 {
         CUT_VXLAN => Told::of(Verdict::Unverified),
         at => judge(ctx, known, at),
     };
+    let told = Told::from_bits(known.oblivion.take(told.to_bits()));
     // An event tells enough.
     if known.config().following != 0 && at != CUT_VXLAN && told.report != Report::Emitted as u64 {
         reaching(ctx, || followed(ctx, at, told.verdict as u32, told.action as u32));
@@ -89,21 +91,22 @@ fn judge(ctx: *mut __sk_buff, known: Known, at: u64) -> Told {
         return Told::of(Verdict::Unverified);
     };
     let policy = known.policy(port, outer.vni, location.is_ipv6);
-    let policy = known.oblivion.pass(policy, |it| it as u64, |bits| Policy::from_u8(bits as u8));
+    // As a number: of a `Policy`, the verifier would go on with each there is.
+    let policy = known.oblivion.take(policy as u64) as u32;
     let answer = match verdict::by_outer(&skb, &outer) {
         Some(answer) => answer.to_bits(),
-        None => match reaching(ctx, || by_inner(ctx, at, policy as u32)) {
+        None => match reaching(ctx, || by_inner(ctx, at, policy)) {
             CUT => Answer::of(AnswerKind::Unknown).to_bits(),
             answer => answer,
         },
     };
     let answer = known.oblivion.take(answer);
-    match Answer::from_bits(answer).verdict(policy) {
+    match Answer::from_bits(answer).verdict(Policy::from_u8(policy as u8)) {
         Some(verdict) => {
             port.learn(verdict, location.is_ipv6);
             Told::of(verdict)
         }
-        None => Told::from_bits(broken(ctx, at, answer, policy as u32)),
+        None => Told::from_bits(broken(ctx, at, answer, policy)),
     }
 }
 
