@@ -5,11 +5,14 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use aya::programs::links::LinkOrder;
+use aya::programs::tc::{TcAttachOptions, TcAttachType};
 use vxcsum_tests::folder::Folder;
 use vxcsum_tests::lab::{NIC, VXLAN};
 use vxcsum_tests::netns::NetNs;
 use vxcsum_tests::wait::wait_until;
 
+use crate::reference::{self, Objects};
 use crate::usage;
 use crate::vxcsum::Vxcsum;
 
@@ -22,14 +25,17 @@ const WITHOUT: &str = "without";
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Subject {
     Without,
+    /// A program that does nothing, which shows what the hook itself takes.
+    Empty,
     Vxcsum(&'static str, &'static [&'static str]),
     Cure,
     Nft,
     Tcpdump,
 }
 
-pub(super) const SUBJECTS: [Subject; 7] = [
+pub(super) const SUBJECTS: [Subject; 8] = [
     Subject::Without,
+    Subject::Empty,
     Subject::Vxcsum("vxcsum, tcx", &["--attach", "tcx"]),
     Subject::Vxcsum("vxcsum, clsact", &["--attach", "clsact"]),
     Subject::Vxcsum("vxcsum --fix restore", &["--fix", "restore"]),
@@ -42,6 +48,7 @@ impl Subject {
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Without => WITHOUT,
+            Self::Empty => "an empty program, tcx",
             Self::Vxcsum(name, _) => name,
             Self::Cure => "ethtool -K, checksum offload off",
             Self::Nft => "nft, udp checksum set 0",
@@ -72,6 +79,15 @@ impl Subject {
     ) -> Result<Sample> {
         match self {
             Self::Without => measure(None),
+            Self::Empty => {
+                let mut ebpf = Objects::compile()?.load_empty()?;
+                let empty = reference::classifier(&mut ebpf, "empty")?;
+                node.enter(|| {
+                    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+                    Ok(empty.attach_with_options(NIC, TcAttachType::Egress, order)?)
+                })?;
+                measure(None)
+            }
             Self::Vxcsum(_, options) => {
                 let vxcsum = Vxcsum::start(node, &[NIC], options)?;
                 vxcsum.wait_ready()?;
