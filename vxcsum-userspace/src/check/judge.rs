@@ -149,6 +149,13 @@ impl Judge {
         })
     }
 
+    /// Forgets what was assumed of the packets so far, which are judged anew, but not what they taught.
+    pub(super) fn start_over(&mut self) {
+        for sender in &mut self.senders {
+            sender.assumed = Assumed::default();
+        }
+    }
+
     /// From here on everything is judged by what was learned up to now.
     pub(super) const fn finish_learning(&mut self) {
         self.is_final = true;

@@ -31,6 +31,9 @@ use crate::stdio::write_json;
 const BROKEN: u8 = 1;
 /// A file cannot be read.
 const UNUSABLE: u8 = 2;
+/// Packets after which a file is started over, if some were judged too early: what its senders send has
+/// mostly shown by then, and to read all of it again would take as long as the first time.
+const FIRST_LOOK: u64 = 10_000;
 
 /// Judges every packet of every file and prints what was found.
 pub fn run(args: &CheckArgs) -> Result<ExitCode> {
@@ -99,7 +102,20 @@ struct Outcome {
 struct Reading {
     totals: Totals,
     is_repeatable: bool,
+    /// It is to be started over.
+    is_broken_off: bool,
     error: Option<(String, Severity)>,
+}
+
+/// Which reading of a file it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pass {
+    /// What is found may change. Ends after the first look if some of it does already.
+    First,
+    /// What is found may change.
+    Second,
+    /// It stays. No more packets than before: the file may still be written to.
+    Last { max_frames: u64 },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,15 +139,22 @@ impl Check<'_> {
             Ok(judge) => judge,
             Err(error) => return Err(io::Error::other(error)),
         };
-        let may_change = self.args.policy() == Policy::Unknown;
-        let mut reading = self.read(source, &name, &mut judge, may_change, u64::MAX)?;
+        let first = match self.args.policy() {
+            Policy::Unknown => Pass::First,
+            _ => Pass::Last { max_frames: u64::MAX },
+        };
+        let mut reading = self.read(source, &name, &mut judge, first)?;
+        if reading.is_broken_off {
+            self.output.discard();
+            judge.start_over();
+            reading = self.read(source, &name, &mut judge, Pass::Second)?;
+        }
         let premature = judge.premature();
         if reading.is_repeatable && (premature > 0 || self.output.is_overfull()) {
             self.output.discard();
             judge.finish_learning();
-            // No more than the first time: it may still be written to.
-            let frames = reading.totals.frames;
-            let again = self.read(source, &name, &mut judge, false, frames)?;
+            let last = Pass::Last { max_frames: reading.totals.frames };
+            let again = self.read(source, &name, &mut judge, last)?;
             reading.totals = again.totals;
             reading.error = reading.error.or(again.error);
         } else {
@@ -148,26 +171,31 @@ impl Check<'_> {
         Ok(Outcome { summary: FileSummary { file: name, totals, learned, error }, is_unusable })
     }
 
-    /// Reads at most `max_frames` packets of a file and judges them. What is found is held back where
-    /// it `may_change` and the file can be read again.
+    /// Reads a file and judges its packets. What is found is held back where it may change and the
+    /// file can be read again.
     fn read(
         &mut self,
         source: &Source,
         name: &str,
         judge: &mut Judge,
-        may_change: bool,
-        max_frames: u64,
+        pass: Pass,
     ) -> io::Result<Reading> {
         let mut totals = Totals::default();
         let input = match source.open(&self.output.bar) {
             Ok(input) => input,
             Err(error) => {
                 let error = Some((error.to_string(), Severity::Unusable));
-                return Ok(Reading { totals, is_repeatable: false, error });
+                let is_repeatable = false;
+                return Ok(Reading { totals, is_repeatable, is_broken_off: false, error });
             }
         };
         let is_repeatable = input.is_repeatable;
-        if may_change && is_repeatable {
+        let (first_look, max_frames) = match pass {
+            Pass::First if is_repeatable => (FIRST_LOOK, u64::MAX),
+            Pass::First | Pass::Second => (u64::MAX, u64::MAX),
+            Pass::Last { max_frames } => (u64::MAX, max_frames),
+        };
+        if matches!(pass, Pass::First | Pass::Second) && is_repeatable {
             self.output.hold();
         }
         if !is_repeatable {
@@ -176,8 +204,12 @@ impl Check<'_> {
         let mut reader = Reader::new(input.stream);
         let mut closed = None;
         let mut unknown_link = None;
+        let mut is_broken_off = false;
         let error = loop {
-            if reader.frames >= max_frames {
+            if reader.frames == first_look {
+                is_broken_off = judge.premature() > 0;
+            }
+            if reader.frames >= max_frames || is_broken_off {
                 break None;
             }
             let flush = || {
@@ -212,7 +244,7 @@ impl Check<'_> {
                 (unknown_link_message(number), severity)
             }),
         };
-        Ok(Reading { totals, is_repeatable, error })
+        Ok(Reading { totals, is_repeatable, is_broken_off, error })
     }
 
     fn frame(
