@@ -36,7 +36,7 @@ enum action { ACTION_NONE, ZEROED, RESTORED, REFUSED_UNPROVEN, REFUSED_IPV6, REF
 enum proof { PROOF_NONE, FLOW_HASH, FLOW_HASH_AND_ADDRESS, PORT_RANGE };
 
 #define SLOTS 64
-#define SLOT_SHIFT 26
+#define SLOT_SHIFT 16
 #define ANY_VNI 0xffffffff
 #define MASQUERADE_MARK 0x4000
 #define BURST_NS 1000000000ULL
@@ -64,6 +64,7 @@ struct config {
 	__u8 is_raw_ip;
 	__u8 following;
 	__u32 max_frame_len;
+	__u32 zero[2];
 	__u32 event_cost_ns;
 };
 

@@ -305,6 +305,7 @@ impl Kind {
             following: 0,
             max_frame_len: 1514,
             // One event in four seconds, or as many as there are.
+            zero: [0; 2],
             event_cost_ns: if self.run == Run::WithEvent { 0 } else { u32::MAX },
         })
     }

@@ -72,6 +72,7 @@ fn config(count: u16) -> Result<Config> {
         is_raw_ip: 0,
         following: 0,
         max_frame_len: 1514,
+        zero: [0; 2],
         event_cost_ns: 1_000_000,
     })
 }

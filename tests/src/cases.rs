@@ -261,6 +261,7 @@ impl Case {
                 u32::MAX
             },
             // So little that no event is held back, but that each is asked for.
+            zero: [0; 2],
             event_cost_ns: 1,
         })
     }

@@ -63,6 +63,7 @@ impl Kernel {
             is_raw_ip: 0,
             following: 0,
             max_frame_len: u32::MAX,
+            zero: [0; 2],
             event_cost_ns,
         };
         config.carry(&self.program.config().unwrap());

@@ -14,9 +14,8 @@ pub struct Remedy {
 
 impl Remedy {
     /// Whether [`Remedy::check`] is to be written.
-    #[inline(always)]
     pub const fn writes(self) -> bool {
-        matches!(self.action, Action::Zeroed | Action::Restored)
+        Action::writes(self.action as u8)
     }
 }
 

@@ -70,7 +70,7 @@ pub fn parse_in<P: Packet>(
         UDP => 6,
         protocol => return Ok(without(Some(ip), !matches!(protocol, ICMP | ICMPV6))),
     };
-    if ip.fragment_offset | ip.more_fragments != 0 {
+    if ip.fragment_offset != 0 || ip.more_fragments != 0 {
         // A stack sums a datagram up before it cuts it.
         return Ok(without(Some(ip), false));
     }

@@ -38,6 +38,8 @@ pub struct Config {
     /// Longest frame that the interface takes, in bytes, with its link header: a longer one is still
     /// to be cut. Read where `gso_segs` cannot be.
     pub max_frame_len: u32,
+    /// Zero, which the verifier does not know.
+    pub zero: [u32; 2],
     /// Time that an event costs, in nanoseconds: a second by the rate limit; 0 without a limit.
     pub event_cost_ns: u32,
 }
@@ -143,7 +145,8 @@ impl Ports {
     /// The slot of a port number.
     #[inline(always)]
     pub const fn slot(&self, port: u16) -> usize {
-        ((port as u32).wrapping_mul(self.seed) >> (u32::BITS - SLOT_BITS)) as usize
+        // Not the uppermost bits: where they are is in reach of an immediate mask.
+        ((port as u32).wrapping_mul(self.seed) >> 16) as usize & (SLOTS - 1)
     }
 
     /// The only place where a port can be.
@@ -312,6 +315,12 @@ impl Action {
         Self::RefusedUnknownSum,
         Self::RefusedWriteFailed,
     ];
+
+    /// Whether the action of this code writes the checksum field.
+    #[inline(always)]
+    pub const fn writes(code: u8) -> bool {
+        code == Self::Zeroed as u8 || code == Self::Restored as u8
+    }
 
     /// From the byte that crosses the boundary.
     pub fn from_u8(code: u8) -> Option<Self> {

@@ -56,7 +56,7 @@ impl Ip {
     /// Whether the payload is a datagram of its own, and its pseudo-header can be told.
     #[inline(always)]
     pub const fn is_whole(&self) -> bool {
-        self.fragment_offset | self.more_fragments | self.segments_left as u16 == 0
+        self.fragment_offset == 0 && self.more_fragments == 0 && self.segments_left == 0
     }
 
     /// The sum of the pseudo-header for `len` bytes of `protocol` (RFC 768, RFC 8200 §8.1).
@@ -205,8 +205,13 @@ fn sum_of_len(len: usize) -> Sum {
 /// are looked through.
 #[inline(always)]
 pub fn ethertype<P: Packet>(packet: &P, offset: usize) -> Result<(u16, usize), Cut> {
-    let mut ethertype = packet.header::<ETHERNET_LEN>(offset)?.be16::<12>();
+    let ethernet = packet.header::<ETHERNET_LEN>(offset)?;
     let mut next = offset + ETHERNET_LEN;
+    // Most are this one, for which a comparison as it lies in memory is enough.
+    if ethernet.is_be16::<12>(ETHERTYPE_IPV4) {
+        return Ok((ETHERTYPE_IPV4, next));
+    }
+    let mut ethertype = ethernet.be16::<12>();
     for _ in 0..MAX_VLAN_TAGS {
         // 802.1Q, 802.1ad, and the EtherType that some switches used for the outer tag before it.
         if !matches!(ethertype, 0x8100 | 0x88a8 | 0x9100) {
@@ -253,7 +258,6 @@ fn ipv4<P: Packet>(packet: &P, offset: usize) -> Result<Option<Ip>, Cut> {
     if version_and_len >> 4 != 4 || header_len < IPV4_LEN {
         return Ok(None);
     }
-    let flags_and_offset = header.be16::<6>();
     Ok(Some(Ip {
         offset,
         is_ipv6: false,
@@ -263,8 +267,8 @@ fn ipv4<P: Packet>(packet: &P, offset: usize) -> Result<Option<Ip>, Cut> {
             0 if packet.may_lack_length() => packet.len(),
             total_len => offset + usize::from(total_len),
         },
-        fragment_offset: flags_and_offset & 0x1fff,
-        more_fragments: flags_and_offset & 0x2000,
+        fragment_offset: header.be16_bits::<6>(0x1fff),
+        more_fragments: header.be16_bits::<6>(0x2000),
         segments_left: 0,
     }))
 }

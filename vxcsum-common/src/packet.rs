@@ -141,6 +141,19 @@ impl<'a, const N: usize> Header<'a, N> {
         u16::from_be(self.memory16::<AT>())
     }
 
+    /// Whether the big-endian 16-bit word at `AT` is this one, given in host byte order.
+    #[inline(always)]
+    pub fn is_be16<const AT: usize>(self, word: u16) -> bool {
+        self.memory16::<AT>() == word.to_be()
+    }
+
+    /// Those bits of the big-endian 16-bit word at `AT` that are set in `mask`, both in host byte order.
+    /// A comparison of them needs no bytes swapped.
+    #[inline(always)]
+    pub fn be16_bits<const AT: usize>(self, mask: u16) -> u16 {
+        u16::from_be(self.memory16::<AT>() & mask.to_be())
+    }
+
     /// The big-endian 32-bit word at `AT`, in host byte order.
     #[inline(always)]
     pub fn be32<const AT: usize>(self) -> u32 {

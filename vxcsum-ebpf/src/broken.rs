@@ -1,31 +1,36 @@
 //! What happens to a broken packet: fixed where that is asked for, and reported.
 
 use aya_ebpf::helpers::{bpf_skb_load_bytes, bpf_skb_store_bytes};
-use vxcsum_common::fix::{Remedy, remedy};
-use vxcsum_common::layout::{Action, Config, Counters, Event, FixMode, Report, SNAPSHOT_LEN};
+use vxcsum_common::fix::remedy;
+use vxcsum_common::layout::{Action, Counters, Event, FixMode, Report, SNAPSHOT_LEN};
 use vxcsum_common::outer::Outer;
 use vxcsum_common::verdict::Finding;
 use vxcsum_common::{Packet as _, inner};
 
 use crate::kernel::{self, Draft};
 use crate::limit;
+use crate::maps::Known;
 use crate::opaque::between_1_and;
 use crate::skb::Skb;
 
 /// Offset of the checksum field in a UDP header, in bytes (RFC 768).
 const CHECK_OFFSET: usize = 6;
 
-/// Reports a broken packet as it was, then fixes it.
+/// Reports a broken packet as it was, then fixes it. Returns what came of it, the code of an
+/// [`Action`] with it.
 #[inline(always)]
 pub(crate) fn handle(
     skb: &Skb,
     outer: &Outer,
     finding: &Finding,
-    config: &Config,
+    known: Known,
     counters: &mut Counters,
-) -> (Report, Action) {
+) -> (Report, u8) {
     kernel::log(skb.ctx, finding);
+    let config = known.config();
     let remedy = remedy(FixMode::from_u8(config.fix), config.fix_unproven != 0, finding);
+    // As a number: of an `Action`, the verifier would go on with each there is.
+    let remedy = Fix { action: known.forget(remedy.action as u64) as u8, check: remedy.check };
     if !limit::allows(config, || inner::flow(skb, outer).unwrap_or_default()) {
         return (Report::Suppressed, apply(skb, finding, remedy, counters));
     }
@@ -40,7 +45,7 @@ pub(crate) fn handle(
     unsafe {
         (*out).is_followed = 0;
         (*out).held_back = 0;
-        (*out).action = action as u8;
+        (*out).action = action;
     }
     (if draft.send(skb.ctx) { Report::Emitted } else { Report::Lost }, action)
 }
@@ -82,10 +87,17 @@ fn snapshot(skb: &Skb, out: *mut [u8; SNAPSHOT_LEN]) -> u16 {
     }
 }
 
-/// Writes what the remedy says: two bytes and no others. Returns what came of it.
+/// A [`vxcsum_common::fix::Remedy`] with the code of its action.
+#[derive(Clone, Copy)]
+struct Fix {
+    action: u8,
+    check: u16,
+}
+
+/// Writes what the remedy says: two bytes and no others. Returns the code of what came of it.
 #[inline(always)]
-fn apply(skb: &Skb, finding: &Finding, remedy: Remedy, counters: &mut Counters) -> Action {
-    if !remedy.writes() {
+fn apply(skb: &Skb, finding: &Finding, remedy: Fix, counters: &mut Counters) -> u8 {
+    if !Action::writes(remedy.action) {
         return remedy.action;
     }
     let check = remedy.check.to_be_bytes();
@@ -101,12 +113,12 @@ fn apply(skb: &Skb, finding: &Finding, remedy: Remedy, counters: &mut Counters) 
         )
     };
     if outcome != 0 {
-        return Action::RefusedWriteFailed;
+        return Action::RefusedWriteFailed as u8;
     }
     let packets = u64::from(skb.segments());
     // Not one of the two by an offset that is chosen before: verifiers before 5.3 do not follow it
     // over the stack.
-    let zeroed = if remedy.action as u8 == Action::Zeroed as u8 { packets } else { 0 };
+    let zeroed = if remedy.action == Action::Zeroed as u8 { packets } else { 0 };
     counters.zeroed += zeroed;
     counters.restored += packets - zeroed;
     remedy.action

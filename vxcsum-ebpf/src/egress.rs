@@ -6,12 +6,10 @@
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use vxcsum_common::Cut;
 
-use crate::count::counters;
 use crate::maps::Known;
-use crate::quick::Stuck;
 use crate::skb::Skb;
-use crate::thorough::ANYWHERE;
 use crate::{quick, thorough};
 
 /// Runs for every packet that leaves through the interface.
@@ -26,13 +24,8 @@ fn vxcsum_egress(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn examine(ctx: *mut __sk_buff) -> Option<()> {
     let known = Known::get()?;
-    let counters = counters()?;
-    if let Err(stuck) = quick::examine(Skb::new(ctx, known), known, counters) {
-        let at = match stuck {
-            Stuck::Anywhere => ANYWHERE,
-            Stuck::At(at) => at.to_bits(),
-        };
-        thorough::examine(ctx, at);
+    if let Err(Cut) = quick::examine(Skb::new(ctx, known), known) {
+        thorough::examine(ctx);
     }
     Some(())
 }

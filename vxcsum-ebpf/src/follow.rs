@@ -26,7 +26,7 @@ pub(crate) fn tell(skb: &Skb, outer: &Outer, segment: TcpSegment, verdict: u8, a
     // SAFETY: a value that is deleted is not reused before the program is done (RCU).
     let told = unsafe { &mut *told };
     let is_syn = segment.flags & TcpSegment::SYN != 0;
-    if is_broken(verdict) && !is_fixed(action) {
+    if is_broken(verdict) && !Action::writes(action) {
         if is_syn {
             *told += 1;
         }
@@ -69,9 +69,4 @@ pub(crate) fn tell(skb: &Skb, outer: &Outer, segment: TcpSegment, verdict: u8, a
 #[inline(always)]
 const fn is_broken(verdict: u8) -> bool {
     verdict >= Verdict::MangledZero as u8 && verdict <= Verdict::Bad as u8
-}
-
-#[inline(always)]
-const fn is_fixed(action: u8) -> bool {
-    action == Action::Zeroed as u8 || action == Action::Restored as u8
 }

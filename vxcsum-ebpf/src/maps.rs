@@ -7,7 +7,7 @@ use vxcsum_common::layout::{ANY_VNI, Config, Counters, DeviceKey, MAX_FOLLOWED, 
 use vxcsum_common::verdict::Watch;
 use vxcsum_common::{Device, Policy, Verdict};
 
-use crate::kernel::{self, Oblivion};
+use crate::kernel;
 
 /// What it has counted; one value a CPU.
 #[map]
@@ -27,13 +27,12 @@ pub(crate) static FOLLOWED: HashMap<u64, u32> =
 #[derive(Clone, Copy)]
 pub(crate) struct Known {
     config: *mut Config,
-    pub(crate) oblivion: Oblivion,
 }
 
 impl Known {
     #[inline(always)]
     pub(crate) fn get() -> Option<Self> {
-        Some(Self { config: kernel::config()?, oblivion: Oblivion::get()? })
+        Some(Self { config: kernel::config()? })
     }
 
     #[inline(always)]
@@ -42,6 +41,20 @@ impl Known {
         // field that changes between two reads makes one packet be judged by the old and the new
         // value.
         unsafe { &*self.config }
+    }
+
+    /// The same number, of which the verifier knows nothing any more.
+    ///
+    /// It walks on from a place once for every constant that comes there, also where the difference does
+    /// not matter. Verifiers before 5.3 have walked enough after 131,072 instructions, and for all
+    /// others it is the time that a start takes.
+    #[inline(always)]
+    pub(crate) fn forget(&self, number: u64) -> u64 {
+        let zero = core::ptr::from_ref(&self.config().zero);
+        #[expect(clippy::cast_ptr_alignment, reason = "the verifier decides about alignment")]
+        let zero = zero.cast::<u64>();
+        // SAFETY: a live value of eight bytes. Volatile, so that the compiler leaves it where it is.
+        number ^ unsafe { zero.read_volatile() }
     }
 }
 
@@ -53,18 +66,25 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
-    /// Remembers what a sender of unknown policy sends.
+    /// Whether [`Self::learn`] has nothing to add.
     #[inline(always)]
-    pub(crate) fn learn(self, verdict: Verdict, is_ipv6: bool) {
+    pub(crate) const fn has_learned(self, verdict: Verdict, is_ipv6: bool) -> bool {
         let (policy, seen) = if is_ipv6 {
             (self.port.policy_ipv6, self.port.seen_ipv6)
         } else {
             (self.port.policy_ipv4, self.port.seen_ipv4)
         };
         let lesson = Port::lesson(verdict);
-        if policy != Policy::Unknown as u8 || seen & lesson == lesson {
+        policy != Policy::Unknown as u8 || seen & lesson == lesson
+    }
+
+    /// Remembers what a sender of unknown policy sends.
+    #[inline(always)]
+    pub(crate) fn learn(self, verdict: Verdict, is_ipv6: bool) {
+        if self.has_learned(verdict, is_ipv6) {
             return;
         }
+        let lesson = Port::lesson(verdict);
         // SAFETY: it points into the configuration, which lives as long as the program. CPUs race for
         // it: each sets bits that are never taken back, so the next packet mends what is lost.
         let port = unsafe { &mut *self.at };

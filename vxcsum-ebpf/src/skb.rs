@@ -26,6 +26,8 @@ const CHUNK_LEN: usize = 512;
 const MAX_CHUNKS: usize = 18;
 /// Returned instead of a sum, which has 32 bits.
 const NO_SUM: u64 = u64::MAX;
+/// These.
+const SUM_MASK: u64 = 0xffff_ffff;
 
 /// Where bytes are copied to be summed, with room for padding to a multiple of four.
 #[map]
@@ -87,10 +89,10 @@ impl Skb {
         kernel::wire_len(self.raw())
     }
 
-    /// The same number, see [`kernel::Oblivion`].
+    /// See [`Known::forget`].
     #[inline(always)]
     fn take(&self, number: usize) -> usize {
-        self.known.oblivion.take(number as u64) as usize
+        self.known.forget(number as u64) as usize
     }
 
     /// `skb->mark`.
@@ -280,7 +282,7 @@ extern "C" fn sum_bytes(skb: *mut __sk_buff, offset: u32, len: u32) -> u64 {
     }
     let rest = len as usize % CHUNK_LEN;
     if rest == 0 {
-        return sum;
+        return sum & SUM_MASK;
     }
     let at = offset + (chunks * CHUNK_LEN) as u32;
     let rest = between_1_and::<CHUNK_LEN>(rest);
@@ -293,10 +295,10 @@ extern "C" fn sum_bytes(skb: *mut __sk_buff, offset: u32, len: u32) -> u64 {
         unsafe { *chunk.add(rest + pad) = 0 };
     }
     // SAFETY: at most CHUNK_LEN + 3 rounded down, within the buffer.
-    unsafe { add_chunk(chunk, (rest + 3) & !3, sum) }
+    unsafe { add_chunk(chunk, (rest + 3) & !3, sum) & SUM_MASK }
 }
 
-/// Adds `len` bytes, a multiple of four, to `sum`.
+/// Adds `len` bytes, a multiple of four, to the lower 32 bits of `sum`, and so returns it.
 ///
 /// # Safety
 ///
@@ -306,5 +308,5 @@ unsafe fn add_chunk(chunk: *mut u8, len: usize, sum: u64) -> u64 {
     // SAFETY: promised by the caller. Fails only for a length that is no multiple of four.
     let outcome =
         unsafe { bpf_csum_diff(ptr::null_mut(), 0, chunk.cast(), len as u32, sum as u32) };
-    outcome.cast_unsigned() & 0xffff_ffff
+    outcome.cast_unsigned()
 }

@@ -12,15 +12,13 @@ use aya_ebpf::bindings::__sk_buff;
 use vxcsum_common::layout::{Action, Report};
 use vxcsum_common::outer::{self, Beyond, Location, Outer};
 use vxcsum_common::verdict::{self, Answer, AnswerKind, Watch as _};
-use vxcsum_common::{Cut, Policy, Proof, Verdict, inner};
+use vxcsum_common::{Cut, Policy, Verdict, inner};
 
 use crate::count::{count, counters};
 use crate::maps::Known;
 use crate::skb::Skb;
 use crate::{broken, follow};
 
-/// Instead of a [`Location`]: it is to be found.
-pub(crate) const ANYWHERE: u64 = 0;
 /// Instead of a result: a header is out of reach.
 const CUT: u64 = u64::MAX;
 /// The same, in a packet to a watched port.
@@ -28,14 +26,12 @@ const CUT_VXLAN: u64 = CUT - 1;
 /// Result of [`locate`].
 const NOT_VXLAN: u64 = CUT - 2;
 
-/// Examines and counts a packet whose VXLAN header is at this [`Location`], or [`ANYWHERE`].
+/// Examines and counts a packet.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn examine(ctx: *mut __sk_buff, at: u64) -> u64 {
+pub(crate) extern "C" fn examine(ctx: *mut __sk_buff) -> u64 {
     let (Some(known), Some(counters)) = (Known::get(), counters()) else { return 0 };
-    let at = known.oblivion.take(at);
-    let at = if at == ANYWHERE { reaching(ctx, || locate(ctx)) } else { at };
-    let at = known.oblivion.take(at);
+    let at = known.forget(reaching(ctx, || locate(ctx)));
     let told = match at {
         CUT | NOT_VXLAN => {
             counters.not_vxlan += 1;
@@ -44,7 +40,7 @@ pub(crate) extern "C" fn examine(ctx: *mut __sk_buff, at: u64) -> u64 {
         CUT_VXLAN => Told::of(Verdict::Unverified),
         at => judge(ctx, known, at),
     };
-    let told = Told::from_bits(known.oblivion.take(told.to_bits()));
+    let told = Told::from_bits(known.forget(told.to_bits()));
     // An event tells enough.
     if known.config().following != 0 && at != CUT_VXLAN && told.report != Report::Emitted as u64 {
         reaching(ctx, || followed(ctx, at, told.verdict as u32, told.action as u32));
@@ -92,7 +88,7 @@ fn judge(ctx: *mut __sk_buff, known: Known, at: u64) -> Told {
     };
     let policy = known.policy(port, outer.vni, location.is_ipv6);
     // As a number: of a `Policy`, the verifier would go on with each there is.
-    let policy = known.oblivion.take(policy as u64) as u32;
+    let policy = known.forget(policy as u64) as u32;
     let answer = match verdict::by_outer(&skb, &outer) {
         Some(answer) => answer.to_bits(),
         None => match reaching(ctx, || by_inner(ctx, at, policy)) {
@@ -100,7 +96,7 @@ fn judge(ctx: *mut __sk_buff, known: Known, at: u64) -> Told {
             answer => answer,
         },
     };
-    let answer = known.oblivion.take(answer);
+    let answer = known.forget(answer);
     match Answer::from_bits(answer).verdict(Policy::from_u8(policy as u8)) {
         Some(verdict) => {
             port.learn(verdict, location.is_ipv6);
@@ -149,19 +145,14 @@ extern "C" fn broken(ctx: *mut __sk_buff, at: u64, answer: u64, policy: u32) -> 
     let skb = Skb::new(ctx, known);
     let Ok(outer) = Outer::read(&skb, Location::from_bits(at)) else { return 0 };
     let policy = Policy::from_u8(policy as u8);
-    let mut finding = verdict::explain(&skb, &known, &outer, policy, Answer::from_bits(answer));
-    let oblivion = known.oblivion;
-    finding.verdict = oblivion.pass(finding.verdict, |it| it as u64, verdict_of);
-    finding.proof = oblivion.pass(finding.proof, |it| it as u64, |it| Proof::from_u8(it as u8));
-    finding.source_port_before_nat =
-        oblivion.pass(finding.source_port_before_nat, u64::from, |port| port as u16);
+    let finding = verdict::explain(&skb, &known, &outer, policy, Answer::from_bits(answer));
     let (report, action) = if finding.verdict.is_broken() {
-        broken::handle(&skb, &outer, &finding, known.config(), counters)
+        broken::handle(&skb, &outer, &finding, known, counters)
     } else {
-        (Report::None, Action::None)
+        (Report::None, Action::None as u8)
     };
     let verdict = finding.verdict as u64;
-    oblivion.take(Told { verdict, report: report as u64, action: action as u64 }.to_bits())
+    known.forget(Told { verdict, report: report as u64, action: action.into() }.to_bits())
 }
 
 /// [`follow::tell`] of a packet without an event.
@@ -179,21 +170,5 @@ extern "C" fn followed(ctx: *mut __sk_buff, at: u64, verdict: u32, action: u32) 
         }
         Ok((_, None)) => 0,
         Err(Cut) => CUT,
-    }
-}
-
-/// The verdict of a code that was one.
-#[inline(always)]
-const fn verdict_of(code: u64) -> Verdict {
-    // Not by a look into a table, which would be global data.
-    match code {
-        0 => Verdict::Zero,
-        1 => Verdict::Missing,
-        2 => Verdict::OffloadPending,
-        3 => Verdict::Valid,
-        4 => Verdict::MangledZero,
-        5 => Verdict::StaleNat,
-        6 => Verdict::Bad,
-        _ => Verdict::Unverified,
     }
 }

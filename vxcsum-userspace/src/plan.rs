@@ -145,6 +145,7 @@ impl Plan {
             is_raw_ip: link.is_raw_ip.into(),
             following: 0,
             max_frame_len: max_frame_len(link),
+            zero: [0; 2],
             event_cost_ns: wish.event_cost_ns(),
         };
         Ok(Self { ports, devices, config })

@@ -54,36 +54,10 @@ macro_rules! skb_layout {
     };
 }
 
-/// Makes the verifier forget what it knows of a number: not needed here, because it keeps the places
-/// apart only where the difference matters.
-#[derive(Clone, Copy)]
-pub(crate) struct Oblivion;
-
-#[expect(clippy::unnecessary_wraps, clippy::unused_self, reason = "as on old kernels")]
-impl Oblivion {
-    /// Never `None`.
-    #[inline(always)]
-    pub(crate) const fn get() -> Option<Self> {
-        Some(Self)
-    }
-
-    /// The same number.
-    #[inline(always)]
-    pub(crate) const fn take(self, number: u64) -> u64 {
-        number
-    }
-
-    /// The same value.
-    #[inline(always)]
-    pub(crate) fn pass<T>(self, value: T, _: fn(T) -> u64, _: fn(u64) -> T) -> T {
-        value
-    }
-}
-
 /// The verifier knows of a number that comes back from the stack what it knew before.
 pub(crate) const KNOWS_SPILLED_NUMBERS: bool = true;
 
-/// There is room for a short way over IPv6.
+/// There is room for a short way over inner IPv6.
 pub(crate) const HAS_ROOM: bool = true;
 
 /// An event on its way to user space: room in the ring buffer, which must be sent.

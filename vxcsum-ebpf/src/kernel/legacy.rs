@@ -27,47 +27,10 @@ pub(crate) fn config() -> Option<*mut Config> {
     CONFIG.get_ptr_mut(0)
 }
 
-/// Makes the verifier forget what it knows of a number.
-///
-/// A verifier before 5.3 walks on from a place once for every constant that comes there, also where
-/// the difference does not matter, and has walked enough after 131,072 instructions. No verifier
-/// knows what is in a map.
-#[derive(Clone, Copy)]
-pub(crate) struct Oblivion(*mut u64);
-
-/// Where numbers go to be forgotten.
-#[map]
-static OBLIVION: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
-
-impl Oblivion {
-    /// Never `None`, because the map always exists.
-    #[inline(always)]
-    pub(crate) fn get() -> Option<Self> {
-        OBLIVION.get_ptr_mut(0).map(Self)
-    }
-
-    /// The same number.
-    #[inline(always)]
-    pub(crate) fn take(self, number: u64) -> u64 {
-        // SAFETY: a map value of this CPU, which nothing else uses while the program runs.
-        // Volatile, so that it really goes there and comes back.
-        unsafe {
-            self.0.write_volatile(number);
-            self.0.read_volatile()
-        }
-    }
-
-    /// The same value, by way of a number.
-    #[inline(always)]
-    pub(crate) fn pass<T>(self, value: T, to_bits: fn(T) -> u64, of_bits: fn(u64) -> T) -> T {
-        of_bits(self.take(to_bits(value)))
-    }
-}
-
 /// Verifiers before 5.3 know nothing of a number that comes back from the stack.
 pub(crate) const KNOWS_SPILLED_NUMBERS: bool = false;
 
-/// Kernels before 5.2 take no more than 4096 instructions: IPv6 goes the long way.
+/// Kernels before 5.2 take no more than 4096 instructions: inner IPv6 goes the long way.
 pub(crate) const HAS_ROOM: bool = false;
 
 /// An event on its way to user space.
