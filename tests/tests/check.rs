@@ -540,6 +540,43 @@ fn senders_are_told_apart() -> Result<()> {
     Ok(())
 }
 
+/// The packets that tell come within the first look, right at its end, after it, or one after the other;
+/// a verdict must not depend on that.
+#[test]
+fn when_a_sender_is_told_does_not_matter() -> Result<()> {
+    /// Packets of the first look.
+    const LOOK: usize = 10_000;
+    let folder = Folder::new()?;
+    let packet = |host: u8, check| -> Result<_> {
+        let ip = question(check, SegmentSum::Complete);
+        let source = std::net::Ipv4Addr::new(10, 0, 0, host).into();
+        Ok(Frame::new(&Ip { source, ..ip }.into())?.bytes)
+    };
+    let mangled = [packet(1, Check::Value(0xffff))?, packet(2, Check::Value(0xffff))?];
+    let none = [packet(1, Check::Zero)?, packet(2, Check::Zero)?];
+    let filler = packet(3, Check::Right)?;
+    for [first, second] in [
+        [10, 20],
+        [LOOK - 1, LOOK],
+        [LOOK, LOOK + 1],
+        [LOOK + 1, LOOK + 2],
+        [10, LOOK + 10],
+        [LOOK + 10, LOOK + 20],
+    ] {
+        let mut packets = vec![&filler; LOOK + 30];
+        (packets[0], packets[1]) = (&mangled[0], &mangled[1]);
+        (packets[first], packets[second]) = (&none[0], &none[1]);
+        let file = write(&folder, "late.pcap", &pcap(1, 262_144, &packets))?;
+        let checked = check_json([&file])?;
+        let of = |frame| (frame, "mangled_zero".to_owned());
+        assert_eq!(checked.verdicts(), [of(1), of(2)], "{first} {second}: {:#}", checked.summary);
+        assert_eq!(checked.count("valid"), LOOK as u64 + 26, "{first} {second}");
+        assert_eq!(checked.summary["premature"], 0, "{first} {second}");
+        assert_eq!(checked.count("zero"), 2, "{first} {second}");
+    }
+    Ok(())
+}
+
 #[test]
 fn ports_and_their_range() -> Result<()> {
     let folder = Folder::new()?;
