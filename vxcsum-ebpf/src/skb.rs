@@ -26,7 +26,7 @@ const CHUNK_LEN: usize = 512;
 const MAX_CHUNKS: usize = 18;
 /// Returned instead of a sum, which has 32 bits.
 const NO_SUM: u64 = u64::MAX;
-/// These.
+/// The bits of a sum.
 const SUM_MASK: u64 = 0xffff_ffff;
 
 /// Where bytes are copied to be summed, with room for padding to a multiple of four.
