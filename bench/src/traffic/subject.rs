@@ -66,6 +66,11 @@ impl Subject {
         }
     }
 
+    /// Whether connections that are there already go on as before.
+    pub(super) const fn needs_new_connection(self) -> bool {
+        matches!(self, Self::Cure)
+    }
+
     pub(super) const fn is_vxcsum(self) -> bool {
         matches!(self, Self::Vxcsum(..))
     }
