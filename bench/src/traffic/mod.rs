@@ -18,9 +18,6 @@ use crate::report::{Findings, Limit, Panel, Series};
 const REACH_TCP: f64 = 0.99;
 const REACH_PACKETS: f64 = 0.98;
 
-/// Of so many repetitions in a row, the fastest counts: a connection may be slow for seconds, whatever is
-/// done to it, but never faster than it can.
-const IN_A_ROW: usize = 5;
 const PACKETS: Duration = Duration::from_millis(700);
 /// Until connections are at speed and queues are full.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -30,7 +27,8 @@ const SENDER_CPU: usize = 0;
 /// Measures TCP and small packets.
 pub(crate) fn measure(effort: Effort) -> Result<Findings> {
     let bulk = Bulk::new()?;
-    let tcp = interleaved("traffic, TCP", effort, &SUBJECTS, |&subject| {
+    let twice = Effort { repetitions: effort.count(2, 1) * effort.repetitions, ..effort };
+    let tcp = interleaved("traffic, TCP", twice, &SUBJECTS, |&subject| {
         subject.measured(&bulk.lab.a, |pid| bulk.send(subject, pid))
     })?;
     drop(bulk);
@@ -40,12 +38,11 @@ pub(crate) fn measure(effort: Effort) -> Result<Findings> {
     })?;
 
     let mut findings = Findings::default();
-    for (what, unit, samples, in_a_row, reach) in [
-        ("TCP", "Gbit/s", tcp, IN_A_ROW, REACH_TCP),
-        ("Small packets", "packets/s of a processor", packets, 1, REACH_PACKETS),
+    for (what, unit, samples, reach) in [
+        ("TCP", "Gbit/s", tcp, REACH_TCP),
+        ("Small packets", "packets/s of a processor", packets, REACH_PACKETS),
     ] {
-        let fastest = fastest(&samples, in_a_row);
-        findings.panel(panel(what, unit, &fastest, Some(reach), |sample| sample.rate));
+        findings.panel(panel(what, unit, &samples, Some(reach), |sample| sample.rate));
         let title = format!("{what}: processors busy");
         findings.panel(panel(&title, "cores", &samples, None, |sample| sample.machine));
         let title = format!("{what}: the watching process");
@@ -62,8 +59,8 @@ pub(crate) fn measure(effort: Effort) -> Result<Findings> {
         "TCP is a connection of iperf3 between two namespaces, sender and receiver on a processor \
          each: the same one for all but `ethtool -K`, which connections notice when they start. The veth pair between them has all its offload on: like a NIC with checksum and \
          segmentation offload it costs the sender's processor nothing per byte, which leaves the cost \
-         of watching the least to hide behind. Some seconds a connection is slower than others, also \
-         without anything: of five repetitions, the fastest counts.",
+         of watching the least to hide behind. Of four looks in a row, the fastest counts. Some \
+         seconds a connection is slower than others, also without anything: twice the repetitions.",
     );
     findings.note(format!(
         "Small packets are UDP with {} bytes of data, by sendmmsg() from one processor, to a NIC that \
@@ -81,12 +78,6 @@ pub(crate) fn measure(effort: Effort) -> Result<Findings> {
          summed up (which is not done here); it stands for what a rule costs.",
     );
     Ok(findings)
-}
-
-/// The fastest of so many samples in a row.
-fn fastest(samples: &[Vec<Sample>], in_a_row: usize) -> Vec<Vec<Sample>> {
-    let fastest = |row: &[Sample]| row.iter().copied().max_by(|a, b| a.rate.total_cmp(&b.rate));
-    samples.iter().map(|samples| samples.chunks(in_a_row).filter_map(fastest).collect()).collect()
 }
 
 /// With `reach`, as ratios to what is without.
