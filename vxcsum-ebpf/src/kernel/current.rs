@@ -161,7 +161,7 @@ const NO_SUM: u64 = u64::MAX;
 /// Where the sum starts that the NIC is to make (upper 16 bits), and where it goes (lower 16
 /// bits): offsets from the start of the packet.
 ///
-/// A global function, see `egress`: the verifier walks it even where nothing calls it.
+/// A global function, see [`crate::thorough`]: the verifier walks it even where nothing calls it.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn open_sum(skb: *mut __sk_buff) -> u64 {
